@@ -1,0 +1,36 @@
+"""MAML++ for the MAML you already have: drop-in parts for higher, torchopt and torch.func.
+
+The six improvements of "How to train your MAML" (Antoniou, Edwards, Storkey, ICLR 2019):
+multi-step loss, derivative-order annealing, per-step batch-norm statistics, weights and biases,
+learned per-layer per-step inner rates, and cosine annealing of the meta rate (torch's own
+``CosineAnnealingLR``).
+"""
+
+from mamlpp_ext.batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, PerStepBatchNorm3d
+from mamlpp_ext.convert import convert_batchnorm
+from mamlpp_ext.derivative_order import DerivativeOrderAnnealing
+from mamlpp_ext.findings import check_setup
+from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss, multi_step_loss_weights
+from mamlpp_ext.steps import at_step, frozen_statistics, inner_steps
+from mamlpp_ext.task_batch import TaskBatchResult, task_batch_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LSLR",
+    "DerivativeOrderAnnealing",
+    "FinalStepLoss",
+    "MultiStepLoss",
+    "PerStepBatchNorm1d",
+    "PerStepBatchNorm2d",
+    "PerStepBatchNorm3d",
+    "TaskBatchResult",
+    "at_step",
+    "check_setup",
+    "convert_batchnorm",
+    "frozen_statistics",
+    "inner_steps",
+    "multi_step_loss_weights",
+    "task_batch_loss",
+]

@@ -1,0 +1,221 @@
+"""MAML++ in the inner loops of ``higher``.
+
+What it touches of higher 0.2.1, which is no longer maintained: ``innerloop_ctx``,
+``optim.register_optim``, ``optim.DifferentiableOptimizer`` (its ``step``, ``_update``,
+``_track_higher_grads``, ``_fmodel``, ``_group_to_param_list``) and the patched module's
+``fast_params`` and ``update_params``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.steps import kept_step
+
+try:
+    import higher
+except ImportError as error:
+    raise ImportError(
+        "mamlpp_ext.integrations.higher needs the package higher, which is not installed; "
+        "pip install 'mamlpp_ext[higher]'"
+    ) from error
+
+__all__ = ["DifferentiableLSLR", "LSLROptimizer", "innerloop_ctx"]
+
+
+class LSLROptimizer(torch.optim.Optimizer):
+    """The torch optimizer that ``higher`` turns into :class:`DifferentiableLSLR`.
+
+    Pass it to ``higher.innerloop_ctx`` where code is built around that function; otherwise
+    :func:`innerloop_ctx` of this module makes it and keeps the running statistics as well. On its
+    own it updates in place, without a graph, the k-th :meth:`step` with column k.
+
+    Args:
+        module: the model.
+        lslr: its rates.
+        second_order: whether to differentiate through the inner gradients; a setting of the
+            parameter group, which higher's ``override`` can change.
+
+    Raises:
+        ValueError: if ``lslr`` was made for another model, or the model is patched already.
+    """
+
+    def __init__(self, module: nn.Module, lslr: LSLR, second_order: bool = True) -> None:
+        self.lslr = lslr
+        params = list(lslr.parameters_of(module).values())
+        # The rates stay out of the group: higher copies groups deeply, which cuts a learnable rate
+        # off its leaf. The position in the inner loop is in it, so that higher takes it over.
+        super().__init__(params, {"second_order": second_order, "inner_step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the parameters in place from their ``.grad``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        (group,) = self.param_groups
+        params = dict(zip(self.lslr.names, group["params"], strict=True))
+        grads = {name: p.grad for name, p in params.items()}
+        updated = self.lslr.update(params, grads, group["inner_step"])
+        for name, p in params.items():
+            p.copy_(updated[name])
+        group["inner_step"] += 1
+        return loss
+
+
+class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
+    """The inner update with learned rates, as a differentiable optimizer of ``higher``.
+
+    ``diffopt.step(loss)`` updates the patched model; the k-th call uses column k of the rates.
+    Made by :func:`innerloop_ctx`, or by higher from an :class:`LSLROptimizer`.
+    """
+
+    def __init__(self, other: LSLROptimizer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(other, *args, **kwargs)
+        self.lslr = other.lslr
+
+    def step(
+        self,
+        loss: Tensor,
+        params: Iterable[Tensor] | None = None,
+        override: dict[str, list[Any]] | None = None,
+        grad_callback: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> Iterable[Tensor]:
+        """Updates the patched model; arguments and result are higher's.
+
+        Args:
+            loss: the support loss, 0-dim.
+            params: the parameters to differentiate by, if there is no patched model.
+            override: settings of the parameter group, e.g. ``{"second_order": [False]}``.
+            grad_callback: applied to the list of gradients before the update.
+            **kwargs: taken for higher's sake.
+
+        Returns:
+            The new parameters, in the order of ``module.parameters()``.
+
+        Raises:
+            ValueError: after more steps than the rates have columns.
+        """
+        if override is not None:
+            self._apply_override(override)
+        given = self._fmodel.fast_params if params is None and self._fmodel is not None else params
+        if given is None:
+            raise ValueError(
+                "DifferentiableLSLR.step got params=None and has no patched model to take them "
+                "from; pass params, the list of the model's current parameters"
+            )
+        fast = list(given)
+        (group,), (places,) = self.param_groups, self._group_to_param_list
+        group["params"] = [fast[place] for place in places]
+        grads = self._grads(loss, group["params"], group["second_order"])
+        callback = grad_callback or self._grad_callback
+        if callback is not None:  # higher hands it the gradients of all parameters
+            every: list[Any] = [None] * len(fast)
+            for place, grad in zip(places, grads, strict=True):
+                every[place] = grad
+            every = list(callback(every))
+            grads = [every[place] for place in places]
+        self._update([grads])
+        for place, p in zip(places, group["params"], strict=True):
+            fast[place] = p if self._track_higher_grads else p.detach().requires_grad_()
+        if self._fmodel is not None:
+            self._fmodel.update_params(fast)
+        return fast
+
+    def _grads(self, loss: Tensor, params: list[Tensor], second_order: bool) -> list[Tensor | None]:
+        # higher's own step differentiates by every parameter, and without a graph of the gradients
+        # it also cuts the updated weights off the initial ones, which is not first-order MAML.
+        wanted = [p for p in params if p.requires_grad]
+        graph = second_order and self._track_higher_grads
+        found = iter(torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True))
+        return [next(found) if p.requires_grad else None for p in params]
+
+    def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
+        (group,), (grads,) = self.param_groups, grouped_grads
+        params = dict(zip(self.lslr.names, group["params"], strict=True))
+        named = dict(zip(self.lslr.names, grads, strict=True))
+        group["params"] = list(self.lslr.update(params, named, group["inner_step"]).values())
+        group["inner_step"] += 1
+
+
+higher.register_optim(LSLROptimizer, DifferentiableLSLR)
+
+
+@contextmanager
+def innerloop_ctx(
+    net: nn.Module, lslr: LSLR, *, second_order: bool = True, track_higher_grads: bool = True
+) -> Iterator[tuple[Any, DifferentiableLSLR]]:
+    """``higher.innerloop_ctx`` for MAML++: learned rates, both orders, statistics that survive.
+
+    The initial weights are those of ``net`` itself, so that ``backward`` reaches them (higher's
+    ``copy_initial_weights=False``). When the context ends, buffers that the patched model changed,
+    such as running statistics, are written back to ``net``; when an exception ends it, nothing is.
+
+    Args:
+        net: the model.
+        lslr: its rates.
+        second_order: whether to differentiate through the inner gradients. First order keeps the
+            meta-gradient to initial weights and rates and builds no graph of the gradients.
+        track_higher_grads: False is higher's test mode: memory stays flat, no meta-gradient, and
+            nothing of the task is written back.
+
+    Yields:
+        ``(fnet, diffopt)``: the patched model and its :class:`DifferentiableLSLR`.
+
+    Raises:
+        ValueError: if ``lslr`` was made for another model, or ``net`` is patched already.
+
+    Example:
+        >>> import mamlpp_ext as mpp
+        >>> net, x, y = nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)
+        >>> with innerloop_ctx(net, mpp.LSLR(net, num_steps=2)) as (fnet, diffopt):
+        ...     for step in mpp.inner_steps(fnet, 2):
+        ...         _ = diffopt.step(nn.functional.mse_loss(fnet(x), y))
+        ...     nn.functional.mse_loss(fnet(x), y).backward()
+        >>> net.weight.grad.shape
+        torch.Size([1, 3])
+    """
+    optimizer = LSLROptimizer(net, lslr, second_order)
+    with (
+        kept_step(net),
+        higher.innerloop_ctx(
+            net,
+            optimizer,
+            copy_initial_weights=not track_higher_grads,
+            track_higher_grads=track_higher_grads,
+        ) as (fnet, diffopt),
+    ):
+        pairs = _paired_buffers(net, fnet)
+        yield fnet, diffopt
+        if track_higher_grads:
+            _write_back(pairs)
+
+
+def _paired_buffers(net: nn.Module, fnet: nn.Module) -> list[tuple[Tensor, nn.Module, str]]:
+    """Returns each buffer of ``net`` and where the patched model keeps its own."""
+    pairs: dict[int, tuple[Tensor, nn.Module, str]] = {}
+    for path, module in net.named_modules(remove_duplicate=False):
+        patched = fnet.get_submodule(path)
+        for key, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if id(buffer) in pairs:  # higher patches a shared module once for each of its places
+                _, twin, twin_key = pairs[id(buffer)]
+                patched._buffers[key] = twin._buffers[twin_key]
+            else:
+                pairs[id(buffer)] = (buffer, patched, key)
+    return list(pairs.values())
+
+
+@torch.no_grad()
+def _write_back(pairs: list[tuple[Tensor, nn.Module, str]]) -> None:
+    for buffer, patched, key in pairs:
+        buffer.copy_(patched._buffers[key])  # type: ignore[arg-type]

@@ -1,0 +1,48 @@
+"""What the schedules of this package share: they count epochs as torch's schedulers do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mamlpp_ext.steps import checked_count
+
+
+class EpochSchedule:
+    """A position in epochs that advances by :meth:`step` and travels in a ``state_dict``.
+
+    Attributes:
+        last_epoch: the present epoch, 0-based, 0 at first.
+    """
+
+    def __init__(self) -> None:
+        self.last_epoch = 0
+
+    def step(self) -> None:
+        """Ends an epoch; call it once an epoch, not once an iteration."""
+        self.last_epoch += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the settings and ``last_epoch``, all whole numbers."""
+        return dict(self.__dict__)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over settings and epoch of another schedule of this class.
+
+        Raises:
+            TypeError: if an entry is not a whole number.
+            ValueError: if entries are missing, unknown or negative, or ``num_steps`` differs. The
+                state then stays as it was.
+        """
+        name, own = type(self).__name__, self.state_dict()
+        if set(state_dict) != set(own):
+            raise ValueError(
+                f"{name} expects a state dict with {sorted(own)}, got {sorted(state_dict)}; load "
+                f"one that {name}.state_dict() returned"
+            )
+        values = {key: checked_count(key, value, least=0) for key, value in state_dict.items()}
+        if values.get("num_steps") != own.get("num_steps"):
+            raise ValueError(
+                f"this {name} has num_steps={own['num_steps']}, the state dict has "
+                f"num_steps={values['num_steps']}; build it with the latter"
+            )
+        self.__dict__.update(values)

@@ -1,0 +1,238 @@
+"""Which inner step a forward belongs to, and how a loop drives it.
+
+A per-step layer is any module with an attribute ``inner_step`` that holds an :class:`InnerStep`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+ExtraSteps = Literal["error", "last"]
+# What forwards measured, in order: the layer and row, the batch mean and unbiased variance.
+Tape = list[tuple[tuple[nn.Module, int], Tensor, Tensor]]
+
+
+class InnerStep:
+    """The position in the inner loop, shared by the per-step layers of one model.
+
+    It is an object held by reference because ``higher.monkeypatch`` copies the plain attributes of
+    each module once, when it patches: an int would go stale there, an object stays shared.
+
+    Attributes:
+        index: the current inner step, 0-based; 0 until a loop drives it.
+        frozen: how many :func:`frozen_statistics` contexts are open.
+        tape: where :func:`~mamlpp_ext.task_batch_loss` collects batch statistics instead of having
+            them written at once, which ``torch.func`` transforms cannot do; otherwise None.
+        driver: the loop that moves ``index`` at present.
+    """
+
+    def __init__(self) -> None:
+        self.index = 0
+        self.frozen = 0
+        self.tape: Tape | None = None
+        self.driver: object | None = None
+
+    def __repr__(self) -> str:
+        return f"InnerStep(index={self.index})"
+
+
+def checked_count(name: str, value: Any, least: int = 1) -> int:
+    """Returns ``value`` as an int of at least ``least``, or says what is wrong with it."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be a whole number of at least {least}, got {value!r} "
+            f"of type {type(value).__name__}; pass an int"
+        )
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def checked_extra_steps(value: str) -> ExtraSteps:
+    """Returns ``value`` if it is a policy for steps beyond the trained ones."""
+    if value not in ("error", "last"):
+        raise ValueError(
+            f"extra_steps must be 'error' or 'last', got {value!r}: 'error' refuses steps beyond "
+            "num_steps, 'last' reuses the last row for them"
+        )
+    return value  # type: ignore[return-value]
+
+
+def select_row(step: int, num_steps: int, extra_steps: ExtraSteps, owner: str) -> int:
+    """Returns the row (or column) of a per-step table that inner step ``step`` uses."""
+    if 0 <= step < num_steps:
+        return step
+    if step >= num_steps and extra_steps == "last":
+        return num_steps - 1
+    raise ValueError(
+        f"inner step {step} is out of range for {owner} with num_steps={num_steps} (legal: 0 to "
+        f"{num_steps - 1}); take fewer steps, build it with num_steps={max(step + 1, 1)}, or with "
+        "extra_steps='last' to reuse its last row"
+    )
+
+
+def per_step_layers(module: nn.Module) -> dict[str, Any]:
+    """Returns the per-step layers of ``module`` by qualified name, shared ones once."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(getattr(layer, "inner_step", None), InnerStep)
+    }
+
+
+def _clocks(module: nn.Module) -> list[InnerStep]:
+    clocks = [layer.inner_step for layer in per_step_layers(module).values()]
+    return list({id(clock): clock for clock in clocks}.values())
+
+
+def _check_rows(module: nn.Module, step: int) -> None:
+    for name, layer in per_step_layers(module).items():
+        owner = f"layer '{name}' ({layer.__class__.__name__})"
+        select_row(step, layer.num_steps, layer.extra_steps, owner)
+
+
+def inner_steps(module: nn.Module, num_steps: int) -> Iterator[int]:
+    """Counts the inner steps and moves every per-step layer of ``module`` along.
+
+    Each step's support forward, update and target forward belong in the loop's body; they then use
+    the row of that step. When the loop has run to its end the layers stay at the last step, so that
+    a target forward written *below* the loop is the final step's. A loop left early (``break``, an
+    exception) puts the step back to where it was.
+
+    Args:
+        module: the model, patched (``fnet``) or not; one without per-step layers is simply counted.
+        num_steps: the number of inner steps, at least 1.
+
+    Returns:
+        An iterator over 0, 1, ..., ``num_steps - 1``.
+
+    Raises:
+        TypeError: if ``num_steps`` is not a whole number.
+        ValueError: if it is below 1, or beyond the rows of a layer with ``extra_steps="error"``.
+        RuntimeError: if another loop over the same model began before this one had ended.
+
+    Example:
+        >>> import torch
+        >>> import mamlpp_ext as mpp
+        >>> net = mpp.convert_batchnorm(torch.nn.BatchNorm1d(3), num_steps=5)
+        >>> [step for step in mpp.inner_steps(net, 5)]
+        [0, 1, 2, 3, 4]
+    """
+    num_steps = checked_count("num_steps", num_steps)
+    _check_rows(module, num_steps - 1)  # now, not at the first next(): a generator would be lazy
+    return _drive(_clocks(module), num_steps)
+
+
+def _drive(clocks: list[InnerStep], num_steps: int) -> Iterator[int]:
+    # A loop that an exception left stays suspended for as long as the traceback is held, so the
+    # newer loop takes the layers over and only the one that is resumed after that is refused.
+    before = [clock.index for clock in clocks]
+    driver = object()
+    for clock in clocks:
+        clock.driver = driver
+    finished = False
+    try:
+        for step in range(num_steps):
+            if any(clock.driver is not driver for clock in clocks):
+                raise RuntimeError(
+                    f"inner step {step}: another inner_steps loop has begun on this model before "
+                    "this one ended; loops over one model cannot be nested, use a copy of it"
+                )
+            for clock in clocks:
+                clock.index = step
+            yield step
+        finished = True
+    finally:
+        for clock, index in zip(clocks, before, strict=True):
+            if clock.driver is driver:
+                clock.driver = None
+                clock.index = clock.index if finished else index
+
+
+@contextmanager
+def at_step(module: nn.Module, step: int) -> Iterator[None]:
+    """Runs forwards at a chosen inner step: ``with at_step(net, 4): net(x)``.
+
+    Args:
+        module: the model, patched or not.
+        step: the inner step, 0-based.
+
+    Raises:
+        TypeError: if ``step`` is not a whole number.
+        ValueError: if it is negative, or beyond the rows of a layer with ``extra_steps="error"``.
+
+    Example:
+        >>> import torch
+        >>> import mamlpp_ext as mpp
+        >>> net = mpp.PerStepBatchNorm1d(3, num_steps=5)
+        >>> with mpp.at_step(net, 4):
+        ...     net(torch.randn(8, 3)).shape
+        torch.Size([8, 3])
+    """
+    step = checked_count("step", step, least=0)
+    _check_rows(module, step)
+    with kept_step(module):
+        for clock in _clocks(module):
+            clock.index = step
+        yield
+
+
+@contextmanager
+def kept_step(module: nn.Module) -> Iterator[None]:
+    """Puts the inner step of every layer back on exit, however the block ends."""
+    before = [(clock, clock.index, clock.driver) for clock in _clocks(module)]
+    try:
+        yield
+    finally:
+        for clock, index, driver in before:
+            clock.index, clock.driver = index, driver
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalises by batch statistics and leaves the running ones alone, in either mode.
+
+    This is how to evaluate transductively, as the paper's code does, without letting the test tasks
+    into the running statistics. Plain ``BatchNorm`` layers of ``module`` are treated alike, so that
+    a MAML baseline is measured in the same way. Enter it before patching the model with ``higher``:
+    the plain layers' flags are copied into the patched model at that moment.
+
+    Args:
+        module: the model, patched or not. Other layers (dropout) keep their mode.
+
+    Example:
+        >>> import torch
+        >>> import mamlpp_ext as mpp
+        >>> net = mpp.PerStepBatchNorm1d(3, num_steps=5)
+        >>> with mpp.frozen_statistics(net):
+        ...     _ = net(torch.randn(8, 3))
+        >>> net.running_mean.abs().sum()
+        tensor(0.)
+    """
+    clocks = _clocks(module)
+    plain = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    flags = [(layer.training, layer.track_running_stats) for layer in plain]
+    try:
+        for clock in clocks:
+            clock.frozen += 1
+        for layer in plain:  # nn.BatchNorm then uses the batch and is handed no running buffers
+            layer.training, layer.track_running_stats = True, False
+        yield
+    finally:
+        for clock in clocks:
+            clock.frozen -= 1
+        for layer, (training, tracked) in zip(plain, flags, strict=True):
+            layer.training, layer.track_running_stats = training, tracked
+
+
+__all__ = ["at_step", "frozen_statistics", "inner_steps"]
