@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.normalization import batch_normalize, normalize
 from mamlpp_ext.steps import ExtraSteps, InnerStep, checked_count, checked_extra_steps, select_row
 
 
@@ -99,33 +100,25 @@ class _PerStepBatchNorm(nn.Module):
         row = select_row(clock.index, self.num_steps, self.extra_steps, type(self).__name__)
         weight = None if self.weight is None else self.weight[row]
         bias = None if self.bias is None else self.bias[row]
-        if self.running_mean is None or self.running_var is None:
-            return self._by_batch(input, weight, bias)[0]
-        if not (self.training or clock.frozen):
-            mean, var = self.running_mean[row], self.running_var[row]
-            return _normalize(input, mean, torch.rsqrt(var + self.eps), weight, bias)
-        output, mean, var = self._by_batch(input, weight, bias)
-        if self.training and not clock.frozen:
-            self._record(row, mean, var, input.numel() // self.num_features)
-        return output
-
-    def _by_batch(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output, the batch mean [C] and the biased batch variance [C]."""
+        by_batch = self.training or clock.frozen or not self.track_running_stats
+        if not by_batch and self.running_mean is not None and self.running_var is not None:
+            mean, rstd = self.running_mean[row], torch.rsqrt(self.running_var[row] + self.eps)
+            return normalize(input, mean, rstd, weight, bias)
         if input.numel() // self.num_features < 2:
             raise ValueError(
                 f"{type(self).__name__} needs more than 1 value per channel to compute batch "
                 f"statistics, got input of shape {tuple(input.shape)}; give it a larger batch, or "
                 "call .eval() to normalise by running statistics"
             )
-        wide = input if input.dtype == torch.float64 else input.float()
-        var, mean = torch.var_mean(wide, [0, *range(2, input.dim())], correction=0)
-        return _normalize(input, mean, torch.rsqrt(var + self.eps), weight, bias), mean, var
+        output, mean, rstd = batch_normalize(input, weight, bias, self.eps)
+        if self.track_running_stats and self.training and not clock.frozen:
+            self._record(row, mean, rstd, input.numel() // self.num_features)
+        return output
 
     @torch.no_grad()
-    def _record(self, row: int, mean: Tensor, var: Tensor, count: int) -> None:
-        mean, var = mean.detach(), var.detach() * (count / (count - 1))
+    def _record(self, row: int, mean: Tensor, rstd: Tensor, count: int) -> None:
+        mean, var = mean.detach(), rstd.detach().square().reciprocal() - self.eps
+        var = var * (count / (count - 1))  # running variances are unbiased, as nn.BatchNorm's
         if self.inner_step.tape is not None:
             self.inner_step.tape.append(((self, row), mean, var))
             return
@@ -189,23 +182,12 @@ class _PerStepBatchNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Returns the settings for ``repr``."""
         return (
             f"{self.num_features}, num_steps={self.num_steps}, eps={self.eps}, "
             f"momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, extra_steps={self.extra_steps!r}"
         )
-
-
-def _normalize(
-    input: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    # Written out rather than left to F.batch_norm, whose double backward is silently wrong under
-    # vmap when weight and bias are adapted per task (torch 2.13: 0.014 off on 0.32 in float64).
-    shape = [1, -1, *[1] * (input.dim() - 2)]
-    output = (input - mean.view(shape)) * scale.view(shape)
-    if weight is not None and bias is not None:
-        output = output * weight.view(shape) + bias.view(shape)
-    return output.to(input.dtype)
 
 
 class PerStepBatchNorm1d(_PerStepBatchNorm):

@@ -183,6 +183,7 @@ class LSLR(nn.Module):
             )
 
     def get_extra_state(self) -> dict[str, list[str]]:
+        """Returns the names, which travel in the ``state_dict`` beside the rates."""
         return {"names": list(self.names)}
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
@@ -208,6 +209,7 @@ class LSLR(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Returns the settings for ``repr``."""
         return (
             f"{len(self.names)} tensors, num_steps={self.num_steps}, "
             f"learnable={self.rates.requires_grad}, extra_steps={self.extra_steps!r}"

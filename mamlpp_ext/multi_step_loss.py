@@ -95,6 +95,7 @@ class MultiStepLoss(EpochSchedule):
 
     @property
     def weights(self) -> Tensor:
+        """The weights of the present epoch, float64 of shape [num_steps]."""
         return multi_step_loss_weights(self.num_steps, self.last_epoch, self.anneal_epochs)
 
     def __call__(self, step_losses: Sequence[Tensor] | Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def _drive(clocks: list[InnerStep], num_steps: int) -> Iterator[int]:
 
 @contextmanager
 def at_step(module: nn.Module, step: int) -> Iterator[None]:
-    """Runs forwards at a chosen inner step: ``with at_step(net, 4): net(x)``.
+    """Runs the forwards inside the ``with`` block at a chosen inner step.
 
     Args:
         module: the model, patched or not.

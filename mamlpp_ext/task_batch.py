@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
@@ -74,7 +75,8 @@ def task_batch_loss(
     Raises:
         TypeError: if a count is not a whole number, or ``loss_fn`` does not return a tensor.
         ValueError: if shapes do not agree, the loss is not 0-dim, a step is out of range, the
-            rates are another model's, or the model holds a plain BatchNorm.
+            rates are another model's, or the model has a plain BatchNorm, or a LayerNorm or
+            InstanceNorm whose weight is adapted (torch differentiates these wrongly under vmap).
 
     Example:
         >>> net = torch.nn.Linear(3, 2)
@@ -89,7 +91,7 @@ def task_batch_loss(
     num_steps = checked_count("num_steps", num_steps)
     tasks = _check_batch(batch)
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
-    _check_layers(model)
+    _check_layers(model, lslr.names)
     counted = _counted_steps(aggregate, num_steps)
     inner = _InnerLoop(model, lslr, loss_fn, second_order, rematerialize)
     parts = zip(*(torch.split(tensor, size) for tensor in batch), strict=True)
@@ -236,13 +238,20 @@ def _check_batch(batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> int:
     return x_support[0]
 
 
-def _check_layers(model: nn.Module) -> None:
-    # Under vmap a BatchNorm with running statistics raises, and one without gives silently wrong
-    # meta-gradients when its weight and bias are adapted.
+def _check_layers(model: nn.Module, adapted: tuple[str, ...]) -> None:
+    # torch 2.13: the second derivatives of torch's own norms are silently wrong under vmap when
+    # their weight differs from task to task; a BatchNorm with running statistics raises besides.
     for name, layer in model.named_modules():
+        where = f"layer '{name}' ({type(layer).__name__})"
         if isinstance(layer, _BatchNorm):
             raise ValueError(
-                f"layer '{name}' is a {type(layer).__name__}, whose meta-gradients are wrong under "
-                "vmap; convert the model with convert_batchnorm(model, num_steps), or to keep "
-                "plain BatchNorm's meaning with convert_batchnorm(model, 1, extra_steps='last')"
+                f"{where} gives wrong meta-gradients under vmap; convert the model with "
+                "convert_batchnorm(model, num_steps), or to keep plain BatchNorm's meaning with "
+                "convert_batchnorm(model, 1, extra_steps='last')"
+            )
+        if isinstance(layer, (nn.LayerNorm, _InstanceNorm)) and f"{name}.weight" in adapted:
+            raise ValueError(
+                f"{where} gives wrong meta-gradients under vmap when its weight is adapted; leave "
+                f"'{name}.weight' out with LSLR's adapt, or loop over the tasks with higher or "
+                "torchopt"
             )
