@@ -10,9 +10,10 @@ from mamlpp_ext.batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, PerSte
 from mamlpp_ext.convert import convert_batchnorm
 from mamlpp_ext.derivative_order import DerivativeOrderAnnealing
 from mamlpp_ext.findings import check_setup
+from mamlpp_ext.frozen import frozen_statistics
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss, multi_step_loss_weights
-from mamlpp_ext.steps import at_step, frozen_statistics, inner_steps
+from mamlpp_ext.steps import at_step, inner_steps
 from mamlpp_ext.task_batch import TaskBatchResult, task_batch_loss
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.normalization import batch_normalize, normalize
+from mamlpp_ext.running_statistics import RunningStatistics
 from mamlpp_ext.steps import ExtraSteps, InnerStep, checked_count, checked_extra_steps, select_row
 
 
@@ -21,16 +22,13 @@ def _check_number(name: str, value: Any, low: float, high: float, also: str = ""
         )
 
 
-class _PerStepBatchNorm(nn.Module):
+class _PerStepBatchNorm(RunningStatistics):
     """What the 1d, 2d and 3d layers share; they differ in the ranks they accept."""
 
     _ranks: tuple[int, ...]
     _shape: str
     weight: Tensor | None
     bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -59,27 +57,15 @@ class _PerStepBatchNorm(nn.Module):
         for name in ("weight", "bias"):
             value = torch.empty(shape, device=device, dtype=dtype) if affine else None
             self.register_parameter(name, None if value is None else nn.Parameter(value))
-        for name in ("running_mean", "running_var"):
-            track = track_running_stats
-            value = torch.empty(shape, device=device, dtype=dtype) if track else None
-            self.register_buffer(name, value)
-        counts = torch.zeros(self.num_steps, dtype=torch.long, device=device)
-        self.register_buffer("num_batches_tracked", counts if track_running_stats else None)
+        self._make_statistics(device, dtype)
         self.reset_parameters()
-
-    def reset_running_stats(self) -> None:
-        """Sets every row's mean to 0, variance to 1 and count to 0."""
-        if self.running_mean is None or self.running_var is None:
-            return
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()  # type: ignore[union-attr]
 
     def reset_parameters(self) -> None:
         """Sets every row's weight to 1 and bias to 0, and resets the statistics."""
         self.reset_running_stats()
-        if self.weight is not None and self.bias is not None:
+        if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -102,60 +88,18 @@ class _PerStepBatchNorm(nn.Module):
         bias = None if self.bias is None else self.bias[row]
         by_batch = self.training or clock.frozen or not self.track_running_stats
         if not by_batch and self.running_mean is not None and self.running_var is not None:
-            mean, rstd = self.running_mean[row], torch.rsqrt(self.running_var[row] + self.eps)
-            return normalize(input, mean, rstd, weight, bias)
+            mean, var = self.running_mean[row], self.running_var[row]
+            return normalize(input, mean, var, weight, bias, self.eps)
         if input.numel() // self.num_features < 2:
             raise ValueError(
                 f"{type(self).__name__} needs more than 1 value per channel to compute batch "
                 f"statistics, got input of shape {tuple(input.shape)}; give it a larger batch, or "
                 "call .eval() to normalise by running statistics"
             )
-        output, mean, rstd = batch_normalize(input, weight, bias, self.eps)
+        output, mean, var = batch_normalize(input, weight, bias, self.eps)
         if self.track_running_stats and self.training and not clock.frozen:
-            self._record(row, mean, rstd, input.numel() // self.num_features)
+            self._record(row, mean, var, input.numel() // self.num_features)
         return output
-
-    @torch.no_grad()
-    def _record(self, row: int, mean: Tensor, rstd: Tensor, count: int) -> None:
-        mean, var = mean.detach(), rstd.detach().square().reciprocal() - self.eps
-        var = var * (count / (count - 1))  # running variances are unbiased, as nn.BatchNorm's
-        if self.inner_step.tape is not None:
-            self.inner_step.tape.append(((self, row), mean, var))
-            return
-        try:
-            self.absorb(row, mean.unsqueeze(0), var.unsqueeze(0))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{type(self).__name__} could not update its running statistics in place. Inside a "
-                "torch.func transform (vmap, grad) that is not possible: use "
-                "mamlpp_ext.task_batch_loss, which collects and commits them, or wrap the call in "
-                "mamlpp_ext.frozen_statistics(model)"
-            ) from error
-
-    @torch.no_grad()
-    def absorb(self, row: int, means: Tensor, variances: Tensor) -> None:
-        """Takes a sequence of batches into the running statistics of one row, oldest first.
-
-        The exponential (or, with ``momentum=None``, cumulative) average of n batches in one go;
-        the result is that of n forwards one after the other.
-
-        Args:
-            row: the row to update.
-            means: batch means, [n, C].
-            variances: unbiased batch variances, [n, C].
-        """
-        running, n = (self.running_mean, self.running_var), means.shape[0]
-        if self.momentum is None:
-            total = n + int(self.num_batches_tracked[row])  # type: ignore[index]
-            keep, shares = 1 - n / total, [1 / total] * n
-        else:
-            keep = (1 - self.momentum) ** n
-            shares = [self.momentum * (1 - self.momentum) ** age for age in range(n)][::-1]
-        for table, batches in zip(running, (means, variances), strict=True):
-            batches = batches.to(table)
-            share = torch.tensor(shares, dtype=batches.dtype, device=batches.device)
-            table[row].mul_(keep).addmv_(batches.T, share)  # type: ignore[index]
-        self.num_batches_tracked[row] += n  # type: ignore[index]
 
     def _check_input(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:
@@ -178,7 +122,7 @@ class _PerStepBatchNorm(nn.Module):
         for name, table in tables.items():
             value = state_dict.get(prefix + name)
             if table is not None and value is not None and value.dim() == table.dim() - 1:
-                state_dict[prefix + name] = value.expand(self.num_steps, *value.shape)
+                state_dict[prefix + name] = value.repeat(self.num_steps, *[1] * value.dim())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from mamlpp_ext.batch_norm import (
     PerStepBatchNorm3d,
     _PerStepBatchNorm,
 )
+from mamlpp_ext.frozen import FrozenBatchNorm
 from mamlpp_ext.steps import (
     ExtraSteps,
     InnerStep,
@@ -57,8 +59,9 @@ def convert_batchnorm(
     Raises:
         TypeError: if ``module`` is no module or ``num_steps`` no whole number.
         ValueError: if ``num_steps`` is below 1, no layer can be converted, or one cannot be
-            expressed: ``SyncBatchNorm``, lazy or user-made subclasses, layers with hooks, and
-            models that hold adapted weights instead of parameters.
+            expressed: ``SyncBatchNorm``, lazy or user-made subclasses, layers with hooks or with
+            parameters tied to another layer's, models inside :func:`frozen_statistics`, and models
+            that hold adapted weights instead of parameters.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8))
@@ -92,6 +95,7 @@ def convert_batchnorm(
 
 
 def _check_convertible(module: nn.Module) -> None:
+    holders = Counter(id(p) for layer in module.modules() for p in layer._parameters.values())
     for name, layer in module.named_modules():
         where = f"'{name or '(root)'}' ({type(layer).__name__})"
         held = [p for p in layer._parameters.values() if p is not None]
@@ -107,10 +111,24 @@ def _check_convertible(module: nn.Module) -> None:
                 f"{where} is lazy and has no channels yet; run the model once on a batch of the "
                 "right shape, then convert it"
             )
+        if isinstance(layer, FrozenBatchNorm):
+            raise ValueError(
+                f"{where} is inside frozen_statistics; convert the model before that context"
+            )
+        if (layer.running_mean is None) == layer.track_running_stats:
+            raise ValueError(
+                f"{where} has track_running_stats={layer.track_running_stats} but running_mean="
+                f"{layer.running_mean}; set the flag and the buffers to agree first"
+            )
         if type(layer) not in _REPLACEMENTS:
             raise ValueError(
                 f"{where} cannot be expressed per step, only nn.BatchNorm1d, 2d and 3d themselves "
                 "can; replace it with one of these first"
+            )
+        if any(holders[id(p)] > 1 for p in held):
+            raise ValueError(
+                f"{where} shares its weight or bias with another layer, and the rows of two "
+                "layers cannot be tied; give it parameters of its own first"
             )
         if any(getattr(layer, hooks) for hooks in _HOOKS):
             raise ValueError(
@@ -140,6 +158,8 @@ def _per_step(layer: _BatchNorm, num_steps: int, extra_steps: ExtraSteps) -> _Pe
         device=like.device,
         dtype=like.dtype if like.is_floating_point() else None,
     )
+    if layer.bias is None:  # torch's bias=False
+        new.register_parameter("bias", None)
     new.load_state_dict(layer.state_dict())  # spreads each [C] tensor over the rows
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(getattr(layer, name).requires_grad)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.adapted import Adapt, listing, select_parameters
 from mamlpp_ext.steps import (
     ExtraSteps,
     checked_count,
     checked_extra_steps,
-    per_step_layers,
     select_row,
 )
-
-Adapt = Callable[[str], bool] | Iterable[str] | None
 
 
 class LSLR(nn.Module):
@@ -84,7 +81,7 @@ class LSLR(nn.Module):
                 f"lr must be a finite number of at least 0, got {lr!r}; 0.1 is the paper's for "
                 "Omniglot and 0.01 for Mini-ImageNet (training may turn a rate negative later)"
             )
-        self.names = _select(module, adapt)
+        self.names = select_parameters(module, adapt)
         chosen = dict(module.named_parameters())
         # Tensor identity is how integrations.torchopt pairs rates with an unnamed tuple of
         # parameters. In a list, where nn.Module does not register them; held by reference, so that
@@ -155,13 +152,13 @@ class LSLR(nn.Module):
         missing = [name for name in self.names if name not in params]
         if missing:
             raise ValueError(
-                f"this LSLR adapts {_listing(missing)}, which {type(module).__name__} does not "
-                f"have (it has {_listing(list(params))}); build the table from this model"
+                f"this LSLR adapts {listing(missing)}, which {type(module).__name__} does not "
+                f"have (it has {listing(list(params))}); build the table from this model"
             )
         adapted = [name for name in self.names if not isinstance(params[name], nn.Parameter)]
         if adapted:
             raise ValueError(
-                f"{_listing(adapted)} of {type(module).__name__} are adapted weights instead of "
+                f"{listing(adapted)} of {type(module).__name__} are adapted weights instead of "
                 "parameters: the model is inside an inner loop already, or patched; end that loop "
                 "first, or pass the original model"
             )
@@ -178,7 +175,7 @@ class LSLR(nn.Module):
         missing = [name for name in self.names if name not in given]
         if missing:
             raise KeyError(
-                f"{what} lacks {_listing(missing)} (it has {_listing(list(given))}); pass every "
+                f"{what} lacks {listing(missing)} (it has {listing(list(given))}); pass every "
                 "adapted parameter by its name in named_parameters(), a missing gradient as None"
             )
 
@@ -194,16 +191,24 @@ class LSLR(nn.Module):
     ) -> None:
         key = prefix + "_extra_state"
         names = state_dict[key]["names"] if key in state_dict else list(self.names)
+        error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
         if list(names) != list(self.names):
-            error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
             gone = [name for name in names if name not in self.names]
             new = [name for name in self.names if name not in names]
             error_msgs.append(
-                f"the checkpoint's rates belong to other parameters: only there {_listing(gone)}; "
-                f"only in this LSLR {_listing(new)}"
+                f"the checkpoint's rates belong to other parameters: only there {listing(gone)}; "
+                f"only in this LSLR {listing(new)}"
                 + ("; the order differs" if not gone and not new else "")
                 + ". Build the LSLR from the model and with the adapt that the checkpoint was made "
                 "with; nothing was loaded"
+            )
+            return
+        rates = state_dict.get(prefix + "rates")
+        if rates is not None and rates.shape != self.rates.shape:
+            error_msgs.append(
+                f"the checkpoint's rates have num_steps={rates.shape[1]}, this LSLR has "
+                f"num_steps={self.num_steps}; build it with the former (extra_steps='last' lets it "
+                "take more steps); nothing was loaded"
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -214,32 +219,3 @@ class LSLR(nn.Module):
             f"{len(self.names)} tensors, num_steps={self.num_steps}, "
             f"learnable={self.rates.requires_grad}, extra_steps={self.extra_steps!r}"
         )
-
-
-def _select(module: nn.Module, adapt: Adapt) -> tuple[str, ...]:
-    trainable = [name for name, p in module.named_parameters() if p.requires_grad]
-    if adapt is None:
-        outer = {id(p) for layer in per_step_layers(module).values() for p in layer.parameters()}
-        names = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in outer]
-    elif callable(adapt):
-        names = [name for name in trainable if adapt(name)]
-    else:
-        patterns = [adapt] if isinstance(adapt, str) else list(adapt)
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in trainable):
-                raise ValueError(
-                    f"adapt pattern {pattern!r} matches no parameter that requires grad; there are "
-                    f"{_listing(trainable)}"
-                )
-        names = [n for n in trainable if any(fnmatchcase(n, pattern) for pattern in patterns)]
-    if not names:
-        raise ValueError(
-            f"nothing is left to adapt in {type(module).__name__} with adapt={adapt!r}; parameters "
-            f"that require grad: {_listing(trainable)}"
-        )
-    return tuple(names)
-
-
-def _listing(names: list[str], most: int = 8) -> str:
-    shown = ", ".join(repr(name) for name in names[:most]) or "none"
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

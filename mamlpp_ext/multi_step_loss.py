@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class MultiStepLoss(EpochSchedule):
 
         Raises:
             TypeError: if ``step_losses`` holds anything but tensors.
-            ValueError: if there are more or fewer than ``num_steps`` losses.
+            ValueError: if there are more or fewer than ``num_steps`` losses, or of several shapes.
         """
         losses = _by_step(step_losses, self.num_steps)
         weighted = zip(self.weights.tolist(), losses, strict=True)
@@ -146,13 +146,19 @@ def _by_step(step_losses: Sequence[Tensor] | Tensor, num_steps: int | None) -> t
     if isinstance(step_losses, Tensor):
         losses = step_losses.unbind(-1) if step_losses.dim() else (step_losses,)
     else:
-        losses = tuple(step_losses)
+        losses = tuple(step_losses) if isinstance(step_losses, Iterable) else (step_losses,)
     for loss in losses:
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"step_losses must hold one tensor for each inner step, got {loss!r} of type "
                 f"{type(loss).__name__}; append the loss itself, not loss.item()"
             )
+    shapes = {tuple(loss.shape) for loss in losses}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"step_losses must agree in shape, got {sorted(shapes)}; reduce every loss to a 0-dim "
+            "tensor, e.g. with reduction='mean'"
+        )
     if not losses or (num_steps is not None and len(losses) != num_steps):
         raise ValueError(
             f"step_losses must hold {num_steps or 'at least one'} losses, one for each inner step, "

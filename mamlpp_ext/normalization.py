@@ -47,11 +47,12 @@ def batch_normalize(
         eps: added to the variance.
 
     Returns:
-        The output as ``x``, the batch mean [C] and 1/sqrt(biased variance + eps) [C]; gradients
-        flow through the output alone.
+        The output as ``x``, the batch mean [C] and the biased batch variance [C]; gradients flow
+        through the output alone.
     """
     apply: Any = _BatchNorm.apply
-    return apply(x, weight, bias, eps)  # type: ignore[no-any-return]
+    y, mean, _, var = apply(x, weight, bias, eps)
+    return y, mean, var
 
 
 def batch_normalize_reference(
@@ -59,19 +60,23 @@ def batch_normalize_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`batch_normalize` computes, composed of torch's differentiable operations."""
     mean = x.mean(_others(x))
-    centered = x - _wide(mean, x)
-    rstd = torch.rsqrt(centered.square().mean(_others(x)) + eps)
-    output = centered * _wide(rstd, x)
-    if weight is not None and bias is not None:
-        output = output * _wide(weight, x) + _wide(bias, x)
-    return output, mean, rstd
+    centred = x - _wide(mean, x)
+    var = centred.square().mean(_others(x))
+    output = centred * _wide(torch.rsqrt(var + eps), x)
+    if weight is not None:
+        output = output * _wide(weight, x)
+    if bias is not None:
+        output = output + _wide(bias, x)
+    return output, mean, var
 
 
 def normalize(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Returns ``(x - mean) * rstd * weight + bias`` by channel, in the dtype of ``x``."""
-    scale = rstd if weight is None else rstd * weight
+    """Normalises each channel by given statistics, each [C]; the result has the dtype of ``x``."""
+    # At least float32, as torch's kernels: half precision would lose the product mean * scale.
+    mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (mean, var))
+    scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     return torch.addcmul(_wide(shift, x), x, _wide(scale, x)).to(x.dtype)
 
@@ -108,7 +113,7 @@ def _sums_and_backward(
 
 def _cpu_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward on contiguous input on CPU.
 
     torch's own kernel adds such input up one element at a time: 300 us for [5, 64, 28, 28] on one
@@ -118,11 +123,12 @@ def _cpu_forward(
     centred = x - _wide(rough, x)
     spread, total = _centred_sums(centred, centred, torch.zeros_like(rough))
     offset = total / count  # what the rounding of the first mean left over
-    mean, rstd = rough + offset, torch.rsqrt(spread / count - offset.square() + eps)
+    var = (spread / count - offset.square()).clamp_min(0)
+    rstd = torch.rsqrt(var + eps)
     scale = rstd if weight is None else rstd * weight
     shift = -offset * scale if bias is None else bias - offset * scale
     torch.addcmul(_wide(shift, x), centred, _wide(scale, x), out=centred)
-    return centred, mean, rstd
+    return centred, rough + offset, rstd, var
 
 
 def _centred_sums(a: Tensor, b: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,13 +145,15 @@ class _BatchNorm(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
         if x.is_cpu and x.is_contiguous() and x.dtype in (torch.float32, torch.float64):
             return _cpu_forward(x, weight, bias, eps)
-        return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        return y, mean, rstd, (rstd.square().reciprocal() - eps).clamp_min(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, _, ctx.eps = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        x, weight, bias, ctx.eps = inputs
+        ctx.has_bias = bias is not None
+        _, mean, rstd, var = output
+        ctx.mark_non_differentiable(mean, rstd, var)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.set_materialize_grads(False)
 
@@ -155,7 +163,8 @@ class _BatchNorm(torch.autograd.Function):
             return None, None, None, None
         apply: Any = _BatchNormBackward.apply
         dx, dw, db = apply(g, *ctx.saved_tensors, ctx.eps)
-        return (dx, None, None, None) if ctx.saved_tensors[1] is None else (dx, dw, db, None)
+        has_weight = ctx.saved_tensors[1] is not None
+        return dx, dw if has_weight else None, db if ctx.has_bias else None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Any, bias: Any, eps: float) -> Any:
@@ -164,8 +173,9 @@ class _BatchNorm(torch.autograd.Function):
         weight, bias = (
             _fold(t, dim, size, 0) for t, dim in zip((weight, bias), in_dims[1:3], strict=True)
         )
-        y, mean, rstd = batch_normalize(x, weight, bias, eps)
-        return (_unfold(y, size, 1), _unfold(mean, size, 0), _unfold(rstd, size, 0)), (1, 0, 0)
+        apply: Any = _BatchNorm.apply
+        y, *statistics = apply(x, weight, bias, eps)
+        return (_unfold(y, size, 1), *(_unfold(t, size, 0) for t in statistics)), (1, 0, 0, 0)
 
 
 class _BatchNormBackward(torch.autograd.Function):
@@ -186,13 +196,10 @@ class _BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:
-        g, x, weight, mean, rstd, dw, db = ctx.saved_tensors
-        u = torch.zeros_like(g) if u is None else u
-        if torch.is_grad_enabled():  # a third derivative may follow: keep this one differentiable
-            grads = _double_backward_reference(g, x, weight, ctx.eps, u, v, s)
-        else:
-            grads = _double_backward(g, x, weight, mean, rstd, ctx.eps, dw, db, u, v, s)
-        return *grads, None, None, None
+        u = torch.zeros_like(ctx.saved_tensors[0]) if u is None else u
+        # With a graph wanted a third derivative may follow: keep this one differentiable.
+        formula = _double_backward_reference if torch.is_grad_enabled() else _double_backward
+        return *formula(ctx.saved_tensors, ctx.eps, u, v, s), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -208,19 +215,10 @@ class _BatchNormBackward(torch.autograd.Function):
 
 
 def _double_backward(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    dw: Tensor,
-    db: Tensor,
-    u: Tensor,
-    v: Tensor | None,
-    s: Tensor | None,
+    saved: tuple[Any, ...], eps: float, u: Tensor, v: Tensor | None, s: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The double backward in the module docstring, with as few passes over memory as possible."""
+    g, x, weight, mean, rstd, dw, db = saved
     count = x.numel() / x.shape[1]
     to_g, u_xhat, u_sum = _sums_and_backward(u, x, weight, mean, rstd, eps)
     u_g, _ = _centred_sums(u, g, torch.zeros_like(mean))
@@ -240,8 +238,10 @@ def _double_backward(
 
 
 def _double_backward_reference(
-    g: Tensor, x: Tensor, weight: Tensor | None, eps: float, u: Tensor, v: Any, s: Any
+    saved: tuple[Any, ...], eps: float, u: Tensor, v: Tensor | None, s: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    g, x, weight, *_ = saved
+
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return batch_normalize_reference(x, weight, bias, eps)[0]
 

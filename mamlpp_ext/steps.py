@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 ExtraSteps = Literal["error", "last"]
 # What forwards measured, in order: the layer and row, the batch mean and unbiased variance.
@@ -26,7 +25,7 @@ class InnerStep:
 
     Attributes:
         index: the current inner step, 0-based; 0 until a loop drives it.
-        frozen: how many :func:`frozen_statistics` contexts are open.
+        frozen: how many ``frozen_statistics`` contexts are open.
         tape: where :func:`~mamlpp_ext.task_batch_loss` collects batch statistics instead of having
             them written at once, which ``torch.func`` transforms cannot do; otherwise None.
         driver: the loop that moves ``index`` at present.
@@ -90,7 +89,8 @@ def per_step_layers(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _clocks(module: nn.Module) -> list[InnerStep]:
+def clocks_of(module: nn.Module) -> list[InnerStep]:
+    """Returns the positions that the per-step layers of ``module`` hold, shared ones once."""
     clocks = [layer.inner_step for layer in per_step_layers(module).values()]
     return list({id(clock): clock for clock in clocks}.values())
 
@@ -130,7 +130,7 @@ def inner_steps(module: nn.Module, num_steps: int) -> Iterator[int]:
     """
     num_steps = checked_count("num_steps", num_steps)
     _check_rows(module, num_steps - 1)  # now, not at the first next(): a generator would be lazy
-    return _drive(_clocks(module), num_steps)
+    return _drive(clocks_of(module), num_steps)
 
 
 def _drive(clocks: list[InnerStep], num_steps: int) -> Iterator[int]:
@@ -182,7 +182,7 @@ def at_step(module: nn.Module, step: int) -> Iterator[None]:
     step = checked_count("step", step, least=0)
     _check_rows(module, step)
     with kept_step(module):
-        for clock in _clocks(module):
+        for clock in clocks_of(module):
             clock.index = step
         yield
 
@@ -190,49 +190,9 @@ def at_step(module: nn.Module, step: int) -> Iterator[None]:
 @contextmanager
 def kept_step(module: nn.Module) -> Iterator[None]:
     """Puts the inner step of every layer back on exit, however the block ends."""
-    before = [(clock, clock.index, clock.driver) for clock in _clocks(module)]
+    before = [(clock, clock.index, clock.driver) for clock in clocks_of(module)]
     try:
         yield
     finally:
         for clock, index, driver in before:
             clock.index, clock.driver = index, driver
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalises by batch statistics and leaves the running ones alone, in either mode.
-
-    This is how to evaluate transductively, as the paper's code does, without letting the test tasks
-    into the running statistics. Plain ``BatchNorm`` layers of ``module`` are treated alike, so that
-    a MAML baseline is measured in the same way. Enter it before patching the model with ``higher``:
-    the plain layers' flags are copied into the patched model at that moment.
-
-    Args:
-        module: the model, patched or not. Other layers (dropout) keep their mode.
-
-    Example:
-        >>> import torch
-        >>> import mamlpp_ext as mpp
-        >>> net = mpp.PerStepBatchNorm1d(3, num_steps=5)
-        >>> with mpp.frozen_statistics(net):
-        ...     _ = net(torch.randn(8, 3))
-        >>> net.running_mean.abs().sum()
-        tensor(0.)
-    """
-    clocks = _clocks(module)
-    plain = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    flags = [(layer.training, layer.track_running_stats) for layer in plain]
-    try:
-        for clock in clocks:
-            clock.frozen += 1
-        for layer in plain:  # nn.BatchNorm then uses the batch and is handed no running buffers
-            layer.training, layer.track_running_stats = True, False
-        yield
-    finally:
-        for clock in clocks:
-            clock.frozen -= 1
-        for layer, (training, tracked) in zip(plain, flags, strict=True):
-            layer.training, layer.track_running_stats = training, tracked
-
-
-__all__ = ["at_step", "frozen_statistics", "inner_steps"]

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
-from mamlpp_ext.rematerialize import rematerialized
-from mamlpp_ext.steps import Tape, at_step, checked_count, per_step_layers
+from mamlpp_ext.steps import Tape, checked_count
+from mamlpp_ext.vmapped_loop import Loss, VmappedLoop
 
-Params = dict[str, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
 Aggregate = Callable[[Tensor], Tensor]
 
 
@@ -93,110 +90,13 @@ def task_batch_loss(
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
     _check_layers(model, lslr.names)
     counted = _counted_steps(aggregate, num_steps)
-    inner = _InnerLoop(model, lslr, loss_fn, second_order, rematerialize)
+    inner = VmappedLoop(model, lslr, loss_fn, second_order, rematerialize)
     parts = zip(*(torch.split(tensor, size) for tensor in batch), strict=True)
     losses, logits, tapes = zip(*(inner.run(part, counted) for part in parts), strict=True)
     step_losses = torch.cat(losses)
     loss = (step_losses[:, -1] if aggregate is None else aggregate(step_losses)).mean()
     _commit(tapes)
-    return TaskBatchResult(loss, step_losses.detach(), torch.cat(logits))
-
-
-class _InnerLoop:
-    """The inner loop of a chunk of tasks, one vmapped step after the other."""
-
-    def __init__(
-        self, model: nn.Module, lslr: LSLR, loss_fn: Loss, second_order: bool, rematerialize: bool
-    ) -> None:
-        self.model, self.lslr, self.loss_fn = model, lslr, loss_fn
-        self.second_order, self.rematerialize = second_order, rematerialize
-        self.initial = lslr.parameters_of(model)
-        outer = [p for name, p in model.named_parameters() if name not in self.initial]
-        self.captured = [p for p in (*outer, *lslr.parameters()) if p.requires_grad]
-        self.layers = per_step_layers(model).values()
-
-    def run(self, data: tuple[Tensor, ...], counted: list[bool]) -> tuple[Tensor, Tensor, Tape]:
-        """Returns the step losses [T, num_steps], the last logits [T, Q, ...] and the tape."""
-        adapted: Params = dict(self.initial)
-        losses, tape = [], Tape()
-        for step, counts in enumerate(counted):
-            one_step = _Step(self, step, counts, data)
-            if self.rematerialize and torch.is_grad_enabled():
-                outputs = rematerialized(one_step, tuple(adapted.values()), self.captured)
-            else:
-                outputs = one_step(*adapted.values())
-            adapted = dict(zip(adapted, outputs, strict=False))
-            loss, logits, *statistics = outputs[len(adapted) :]
-            losses.append(loss)
-            tape += zip(one_step.places, statistics[::2], statistics[1::2], strict=True)
-        return torch.stack(losses, dim=1), logits, tape
-
-
-class _Step:
-    """One inner step of a chunk of tasks, a pure function of the adapted tensors.
-
-    Attributes:
-        places: the layer and row of each batch statistic among the outputs.
-    """
-
-    def __init__(
-        self, inner: _InnerLoop, step: int, counts: bool, data: tuple[Tensor, ...]
-    ) -> None:
-        self.inner, self.step, self.counts, self.data = inner, step, counts, data
-        self.mode = self._mode()
-        self.places: list[tuple[nn.Module, int]] = []
-
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns the updated tensors, the target losses [T], the logits and the statistics."""
-        if self._mode() != self.mode:  # rebuilding the step would compute something else
-            raise RuntimeError(
-                "the model was switched between train, eval or frozen_statistics before the "
-                "backward of a rematerialised task_batch_loss; call backward first"
-            )
-        self.places = []
-        adapted = dict(zip(self.inner.initial, tensors, strict=True))
-        shared = 0 if self.step else None  # all tasks start from the same initial weights
-        in_dims = (shared, *[0] * len(self.data))
-        with at_step(self.inner.model, self.step):
-            return vmap(self._task, in_dims, randomness="different")(adapted, *self.data)
-
-    def _task(self, adapted: Params, *data: Tensor) -> tuple[Tensor, ...]:
-        x_support, y_support, x_target, y_target = data
-        tracked = torch.is_grad_enabled()
-        second = self.inner.second_order
-        start = adapted if second else {name: p.detach() for name, p in adapted.items()}
-        with torch.set_grad_enabled(tracked and second):  # first order: no graph of the gradients
-            grads, (_, seen) = grad(self._loss, has_aux=True)(start, x_support, y_support)
-        updated = self.inner.lslr.update(adapted, grads, self.step)
-        with torch.set_grad_enabled(tracked and self.counts):
-            loss, (logits, seen_later) = self._loss(updated, x_target, y_target)
-        return *updated.values(), loss, logits.detach(), *seen, *seen_later
-
-    def _loss(
-        self, adapted: Params, x: Tensor, y: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-        tape: Tape = []
-        for layer in self.inner.layers:
-            layer.inner_step.tape = tape
-        try:
-            logits = functional_call(self.inner.model, adapted, (x,))
-            loss = self.inner.loss_fn(logits, y)
-        finally:
-            for layer in self.inner.layers:
-                layer.inner_step.tape = None
-        if not isinstance(loss, Tensor) or loss.dim():
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"loss_fn must return one 0-dim tensor for a task, got {got}; reduce it, e.g. with "
-                "reduction='mean'"
-            )
-        self.places += [place for place, _, _ in tape]
-        return loss, (logits, [value for _, *values in tape for value in values])
-
-    def _mode(self) -> tuple[tuple[bool, ...], tuple[int, ...]]:
-        """What decides how the layers compute, besides their tensors."""
-        frozen = tuple(layer.inner_step.frozen for layer in self.inner.layers)
-        return tuple(module.training for module in self.inner.model.modules()), frozen
+    return TaskBatchResult(loss, step_losses.detach(), torch.cat(logits).detach())
 
 
 def _commit(tapes: tuple[Tape, ...]) -> None:
@@ -213,6 +113,12 @@ def _commit(tapes: tuple[Tape, ...]) -> None:
 def _counted_steps(aggregate: Aggregate | None, num_steps: int) -> list[bool]:
     """Says for each step whether its target loss enters the meta-loss, so needs a graph."""
     if isinstance(aggregate, MultiStepLoss):
+        if aggregate.num_steps != num_steps:
+            raise ValueError(
+                f"aggregate is a MultiStepLoss with num_steps={aggregate.num_steps}, but "
+                f"task_batch_loss got num_steps={num_steps}; they must agree, so build it with "
+                f"num_steps={num_steps}"
+            )
         return [weight > 0 for weight in aggregate.weights.tolist()]
     final_only = aggregate is None or isinstance(aggregate, FinalStepLoss)
     return [not final_only or step == num_steps - 1 for step in range(num_steps)]
@@ -233,8 +139,11 @@ def _check_batch(batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> int:
             "the parts of batch must agree in T, inputs and labels also in their number of "
             f"examples; got [T, examples] {shapes}"
         )
-    if x_support[0] < 1:
-        raise ValueError(f"batch must hold at least one task, got shapes {shapes}")
+    if 0 in x_support or 0 in x_target:
+        raise ValueError(
+            "batch must hold at least one task with at least one example in each part, got "
+            f"[T, examples] {shapes}"
+        )
     return x_support[0]
 
 

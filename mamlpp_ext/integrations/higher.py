@@ -44,6 +44,14 @@ class LSLROptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: if ``lslr`` was made for another model, or the model is patched already.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> inner_opt = LSLROptimizer(net, LSLR(net, num_steps=5))
+        >>> context = higher.innerloop_ctx(net, inner_opt, copy_initial_weights=False)
+        >>> with context as (fnet, diffopt):
+        ...     type(diffopt).__name__
+        'DifferentiableLSLR'
     """
 
     def __init__(self, module: nn.Module, lslr: LSLR, second_order: bool = True) -> None:
@@ -75,6 +83,21 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
 
     ``diffopt.step(loss)`` updates the patched model; the k-th call uses column k of the rates.
     Made by :func:`innerloop_ctx`, or by higher from an :class:`LSLROptimizer`.
+
+    Args:
+        other: the optimizer it takes rates and settings from.
+        *args: as for ``higher.optim.DifferentiableOptimizer``.
+        **kwargs: likewise.
+
+    Raises:
+        ValueError: for an ``override`` of anything but ``second_order``.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> with innerloop_ctx(net, LSLR(net, num_steps=5)) as (fnet, diffopt):
+        ...     _ = diffopt.step(fnet(torch.ones(1, 2)).sum())
+        ...     fnet(torch.ones(1, 2)).requires_grad
+        True
     """
 
     def __init__(self, other: LSLROptimizer, *args: Any, **kwargs: Any) -> None:
@@ -102,7 +125,8 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
             The new parameters, in the order of ``module.parameters()``.
 
         Raises:
-            ValueError: after more steps than the rates have columns.
+            ValueError: after more steps than the rates have columns, or for an ``override`` of
+                another setting.
         """
         if override is not None:
             self._apply_override(override)
@@ -115,13 +139,11 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         fast = list(given)
         (group,), (places,) = self.param_groups, self._group_to_param_list
         group["params"] = [fast[place] for place in places]
-        grads = self._grads(loss, group["params"], group["second_order"])
         callback = grad_callback or self._grad_callback
-        if callback is not None:  # higher hands it the gradients of all parameters
-            every: list[Any] = [None] * len(fast)
-            for place, grad in zip(places, grads, strict=True):
-                every[place] = grad
-            every = list(callback(every))
+        if callback is None:
+            grads = self._grads(loss, group["params"])
+        else:  # higher hands it the gradients of all parameters, in the model's order
+            every = list(callback(self._grads(loss, fast)))
             grads = [every[place] for place in places]
         self._update([grads])
         for place, p in zip(places, group["params"], strict=True):
@@ -130,11 +152,20 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
             self._fmodel.update_params(fast)
         return fast
 
-    def _grads(self, loss: Tensor, params: list[Tensor], second_order: bool) -> list[Tensor | None]:
+    def _apply_override(self, override: dict[str, list[Any]]) -> None:
+        unknown = sorted(set(override) - {"second_order"})
+        if unknown:
+            raise ValueError(
+                f"override of {unknown} would have no effect on learned rates, legal is "
+                "'second_order'; set the rates themselves in lslr.rates"
+            )
+        super()._apply_override(override)
+
+    def _grads(self, loss: Tensor, params: list[Tensor]) -> list[Any]:
         # higher's own step differentiates by every parameter, and without a graph of the gradients
         # it also cuts the updated weights off the initial ones, which is not first-order MAML.
         wanted = [p for p in params if p.requires_grad]
-        graph = second_order and self._track_higher_grads
+        graph = self.param_groups[0]["second_order"] and self._track_higher_grads
         found = iter(torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True))
         return [next(found) if p.requires_grad else None for p in params]
 

@@ -90,7 +90,7 @@ def lslr_transform(lslr: LSLR) -> GradientTransformation:
 
 
 def _names_of(lslr: LSLR, params: Any) -> tuple[str | None, ...]:
-    names = []
+    names: list[str | None] = []
     for path, leaf in zip(pytree.tree_paths(params), pytree.tree_leaves(params), strict=True):
         keys = ".".join(map(str, path))
         names.append(keys if keys in lslr.names else lslr.name_of(leaf))
@@ -100,6 +100,13 @@ def _names_of(lslr: LSLR, params: Any) -> tuple[str | None, ...]:
             f"cannot tell which of the {len(names)} parameters passed to init are {missing}: they "
             "are neither keys nor the tensors the LSLR was made from; pass a dict by name, such as "
             "dict(net.named_parameters()), and build the LSLR from this very model"
+        )
+    twice = sorted({name for name in names if name is not None and names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"{twice} stand in several places of the parameters passed to init, and torchopt would "
+            "update each place by its own share of the gradient; use MetaLSLR, which adapts tied "
+            "parameters as one"
         )
     return tuple(names)
 

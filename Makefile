@@ -1,0 +1,49 @@
+# make demo   MAML against MAML++ on few-shot handwriting; make help lists what it takes
+# make test   everything that has to pass
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+
+flag = $(if $($(1)),--$(2) "$($(1))")
+DEMO_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) $(call flag,MINUTES,minutes) \
+	$(call flag,WAYS,ways) $(call flag,SHOTS,shots) $(call flag,STEPS,steps) \
+	$(call flag,FILTERS,filters) $(call flag,SEED,seed) $(call flag,OUT,out)
+
+.PHONY: help demo test clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo   trains MAML and MAML++ side by side and writes demo/ (about three minutes)'
+	@echo '            DATA=path         omniglot28.npz, or a folder with the PNGs of Omniglot'
+	@echo '            BACKEND=name      higher, torchopt or torch_func'
+	@echo '            MINUTES= WAYS= SHOTS= STEPS= FILTERS= SEED= OUT='
+	@echo '            ARGS="..."        further flags of docs/examples/demo.py (ARGS=--help)'
+	@echo 'make test   ruff, mypy, tests and doctests; ARGS="..." goes to pytest'
+	@echo 'make clean  removes the environment and what was built'
+	@echo 'Both make their own environment in $(VENV), with the versions of constraints.txt.'
+
+demo: $(VENV)/.demo
+	$(BIN)/python docs/examples/demo.py $(DEMO_FLAGS) $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# A stamp for each extra, so that a second run installs nothing.
+$(VENV)/.demo: setup.cfg constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[examples]'
+	@touch $@
+
+$(VENV)/.test: setup.cfg constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

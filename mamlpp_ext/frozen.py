@@ -1,0 +1,68 @@
+"""Forwards by batch statistics that leave the running ones alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mamlpp_ext.steps import clocks_of
+
+
+class FrozenBatchNorm(_BatchNorm):
+    """What a plain BatchNorm is inside :func:`frozen_statistics`.
+
+    A class, not flags on the layer: it stays frozen when the model changes between train and eval,
+    and ``higher`` patches it as what it is.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises by the batch and keeps no statistics."""
+        before = self.training, self.track_running_stats
+        self.training, self.track_running_stats = True, False
+        try:
+            return super().forward(input)
+        finally:
+            self.training, self.track_running_stats = before
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalises by batch statistics and leaves the running ones alone, in either mode.
+
+    This is how to evaluate transductively, as the paper's code does, without letting the test tasks
+    into the running statistics. Plain ``BatchNorm`` layers of ``module`` are treated alike, so that
+    a MAML baseline is measured in the same way; for these, enter it before patching the model with
+    ``higher``, or give it the patched model.
+
+    Args:
+        module: the model, patched or not. Other layers (dropout) keep their mode.
+
+    Example:
+        >>> import torch
+        >>> import mamlpp_ext as mpp
+        >>> net = mpp.PerStepBatchNorm1d(3, num_steps=5)
+        >>> with mpp.frozen_statistics(net):
+        ...     _ = net(torch.randn(8, 3))
+        >>> net.running_mean.abs().sum()
+        tensor(0.)
+    """
+    clocks = clocks_of(module)
+    plain = [
+        (layer, type(layer))
+        for layer in module.modules()
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, FrozenBatchNorm)
+    ]
+    try:
+        for clock in clocks:
+            clock.frozen += 1
+        for layer, kind in plain:
+            layer.__class__ = type(f"Frozen{kind.__name__}", (FrozenBatchNorm, kind), {})
+        yield
+    finally:
+        for clock in clocks:
+            clock.frozen -= 1
+        for layer, kind in plain:
+            layer.__class__ = kind

@@ -1,0 +1,89 @@
+"""Running statistics with a row for every inner step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_ext.steps import InnerStep
+
+
+class RunningStatistics(nn.Module):
+    """Means and variances over the batches that each inner step has seen.
+
+    Attributes:
+        running_mean: [num_steps, num_features], or None.
+        running_var: unbiased, [num_steps, num_features], or None.
+        num_batches_tracked: how many batches each row has seen, int64 [num_steps], or None.
+    """
+
+    num_steps: int
+    num_features: int
+    momentum: float | None
+    track_running_stats: bool
+    inner_step: InnerStep
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def _make_statistics(
+        self, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        shape, track = (self.num_steps, self.num_features), self.track_running_stats
+        for name in ("running_mean", "running_var"):
+            value = torch.empty(shape, device=device, dtype=dtype) if track else None
+            self.register_buffer(name, value)
+        counts = torch.zeros(self.num_steps, dtype=torch.long, device=device)
+        self.register_buffer("num_batches_tracked", counts if track else None)
+
+    def reset_running_stats(self) -> None:
+        """Sets every row's mean to 0, variance to 1 and count to 0."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _record(self, row: int, mean: Tensor, var: Tensor, count: int) -> None:
+        """Takes in a forward's batch mean [C] and biased variance [C] of ``count`` values each."""
+        # Running variances are unbiased, as nn.BatchNorm's.
+        mean, var = mean.detach(), var.detach() * (count / (count - 1))
+        if self.inner_step.tape is not None:
+            self.inner_step.tape.append(((self, row), mean, var))
+            return
+        try:
+            self.absorb(row, mean.unsqueeze(0), var.unsqueeze(0))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{type(self).__name__} could not update its running statistics in place. Inside a "
+                "torch.func transform (vmap, grad) that is not possible: use "
+                "mamlpp_ext.task_batch_loss, which collects and commits them, or wrap the call in "
+                "mamlpp_ext.frozen_statistics(model)"
+            ) from error
+
+    @torch.no_grad()
+    def absorb(self, row: int, means: Tensor, variances: Tensor) -> None:
+        """Takes a sequence of batches into the running statistics of one row, oldest first.
+
+        The exponential (or, with ``momentum=None``, cumulative) average of n batches in one go;
+        the result is that of n forwards one after the other.
+
+        Args:
+            row: the row to update.
+            means: batch means, [n, C].
+            variances: unbiased batch variances, [n, C].
+        """
+        running, n = (self.running_mean, self.running_var), means.shape[0]
+        if self.momentum is None:
+            total = n + int(self.num_batches_tracked[row])  # type: ignore[index]
+            keep, shares = 1 - n / total, [1 / total] * n
+        else:
+            keep = (1 - self.momentum) ** n
+            shares = [self.momentum * (1 - self.momentum) ** age for age in range(n)][::-1]
+        for table, batches in zip(running, (means, variances), strict=True):
+            batches = batches.to(table)
+            share = torch.tensor(shares, dtype=batches.dtype, device=batches.device)
+            row_now = table[row]  # type: ignore[index]
+            row_now.copy_(torch.addmv(row_now, batches.T, share, beta=keep))
+        self.num_batches_tracked[row] += n  # type: ignore[index]

@@ -1,0 +1,90 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+import mamlpp_ext as mpp
+
+ROWS = 3
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """A fixed seed and float64 as the default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def net(float64: None) -> nn.Module:
+    """Names ``body``, ``norm`` and ``head``; 3 features, 2 classes, other numbers in every row."""
+    norm = mpp.PerStepBatchNorm1d(4, ROWS)
+    layers = {"body": nn.Linear(3, 4), "norm": norm, "relu": nn.ReLU(), "head": nn.Linear(4, 2)}
+    for table in (norm.weight.data, norm.running_var):
+        table.uniform_(0.5, 1.5)
+    for table in (norm.bias.data, norm.running_mean):
+        table.normal_()
+    return nn.Sequential(OrderedDict(layers))
+
+
+@pytest.fixture
+def lslr(net: nn.Module) -> mpp.LSLR:
+    """Rates for ``net``, another one for every tensor and step."""
+    table = mpp.LSLR(net, ROWS)
+    table.rates.data.uniform_(0.05, 0.5)
+    return table
+
+
+@pytest.fixture
+def tasks(float64: None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four tasks of 5 support and 6 target examples."""
+    labels = torch.randint(2, (4, 5)), torch.randint(2, (4, 6))
+    return torch.randn(4, 5, 3), labels[0], torch.randn(4, 6, 3), labels[1]
+
+
+@pytest.fixture
+def task(tasks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The first of ``tasks``."""
+    return tuple(part[0] for part in tasks)
+
+
+@pytest.fixture
+def unchanged() -> Any:
+    """``with unchanged(module): ...`` holds if structure, tensors, modes and steps are the same."""
+    return _unchanged
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    about, values = _everything_about(module)
+    yield
+    about_now, values_now = _everything_about(module)
+    assert about_now == about
+    torch.testing.assert_close(values_now, values, rtol=0, atol=0)
+
+
+def _everything_about(module: nn.Module) -> tuple[list[Any], dict[str, Tensor]]:
+    """Returns what can be compared by ``==``, and the values of the tensors."""
+    layers, params = list(module.modules()), dict(module.named_parameters())
+    steps = [s for s in (getattr(layer, "inner_step", None) for layer in layers) if s is not None]
+    about = [
+        repr(module),
+        [type(layer) for layer in layers],
+        [(layer.training, getattr(layer, "track_running_stats", None)) for layer in layers],
+        [(id(p), p.requires_grad, p.grad is None) for p in params.values()],
+        [(step.index, step.frozen, step.tape is None) for step in steps],
+    ]
+    tensors = {**params, **dict(module.named_buffers())}
+    return about, {n: t.detach().clone() for n, t in tensors.items() if not is_lazy(t)}

@@ -1,0 +1,258 @@
+"""convert_batchnorm returns a copy that computes the same, or refuses and leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mamlpp_ext as mpp
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+PER_STEP = (mpp.PerStepBatchNorm1d, mpp.PerStepBatchNorm2d, mpp.PerStepBatchNorm3d)
+
+
+class Block(nn.Module):
+    """A nested model whose second layer and its norm stand in two places."""
+
+    def __init__(self, **norm: Any) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3, **norm), nn.ReLU())
+        self.twice = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 1), "norm": nn.BatchNorm2d(3, **norm)})
+        self.again = self.twice
+        self.same_norm = self.twice["norm"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.twice["norm"](self.twice["conv"](x))
+        return self.same_norm(self.again["conv"](x))
+
+
+def trained(**norm: Any) -> tuple[Block, Tensor]:
+    """A block whose weights and statistics are not the initial ones."""
+    model, x = Block(**norm), torch.randn(5, 1, 4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x + 1).pow(2).sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model, x
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "norm",
+    [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.5}],
+    ids=["default", "no-affine", "no-statistics", "cumulative", "eps"],
+)
+def test_every_step_computes_the_original(norm: dict[str, Any], mode: bool) -> None:
+    model, x = trained(**norm)
+    converted = mpp.convert_batchnorm(model.train(mode), 3)
+    states = []
+    for step in range(3):
+        reference, twin = copy.deepcopy(model), copy.deepcopy(converted)
+        with mpp.at_step(twin, step):
+            torch.testing.assert_close(twin(x), reference(x))
+        states.append((reference.state_dict(), twin.state_dict()))
+    for step, (plain, per_step) in enumerate(states):  # one further forward moved that row alike
+        for name, value in plain.items():
+            table = per_step[name]
+            row = table[step] if table.dim() > value.dim() else table
+            torch.testing.assert_close(row, value)
+
+
+def test_original_is_untouched(unchanged: Any) -> None:
+    model, x = trained()
+    with unchanged(model):
+        converted = mpp.convert_batchnorm(model, 3)
+        converted(x).sum().backward()
+        torch.optim.SGD(converted.parameters(), lr=1.0).step()
+
+
+def test_shared_layer_has_one_replacement() -> None:
+    converted = mpp.convert_batchnorm(Block(), 3)
+    assert converted.same_norm is converted.twice["norm"] is converted.again["norm"]
+    assert converted.again is converted.twice
+    assert isinstance(converted.same_norm, mpp.PerStepBatchNorm2d)
+    norms = [m for m in converted.modules() if isinstance(m, PER_STEP)]
+    assert len(norms) == 2
+    assert not [m for m in converted.modules() if isinstance(m, PLAIN)]
+    assert norms[0].inner_step is norms[1].inner_step  # one loop drives them all
+
+
+@pytest.mark.parametrize(("plain", "per_step"), [*zip(PLAIN, PER_STEP, strict=True)])
+def test_settings_are_kept(plain: type[nn.Module], per_step: type[nn.Module]) -> None:
+    layer = plain(4, eps=0.01, momentum=None, affine=False, track_running_stats=False)
+    converted = mpp.convert_batchnorm(layer, 2, extra_steps="last")  # the layer itself is the root
+    assert type(converted) is per_step
+    names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    assert [getattr(converted, n) for n in names] == [getattr(layer, n) for n in names]
+    assert (converted.num_steps, converted.extra_steps) == (2, "last")
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_requires_grad_is_kept(frozen: str) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    model[0].get_parameter(frozen).requires_grad_(False)
+    converted = mpp.convert_batchnorm(model, 2)
+    assert {n: p.requires_grad for n, p in converted[0].named_parameters()} == {
+        n: n != frozen for n in ("weight", "bias")
+    }
+
+
+def test_mode_is_kept_layer_by_layer() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), nn.BatchNorm1d(4))
+    model[0].eval()
+    model[1].eval()
+    assert [m.training for m in mpp.convert_batchnorm(model, 2)] == [False, False, True]
+    assert not mpp.convert_batchnorm(model.eval(), 2).training
+
+
+@pytest.mark.parametrize("norm", [{}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_is_kept(dtype: torch.dtype, norm: dict[str, Any]) -> None:
+    model = Block(**norm).to(dtype)
+    converted = mpp.convert_batchnorm(model, 2)
+    old, new = model.state_dict(), converted.state_dict()
+    assert {n: t.dtype for n, t in new.items()} == {n: t.dtype for n, t in old.items()}
+
+
+def test_device_is_kept() -> None:
+    converted = mpp.convert_batchnorm(nn.Sequential(nn.BatchNorm1d(4, device="meta")), 2)
+    assert {t.device.type for t in converted.state_dict().values()} == {"meta"}
+
+
+def test_one_row_for_all_steps_is_plain_batchnorm() -> None:
+    model, x = trained()
+    converted = mpp.convert_batchnorm(model, 1, extra_steps="last")
+    for step in mpp.inner_steps(converted, 4):
+        torch.testing.assert_close(converted(x + step), model(x + step))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(converted.state_dict()[name].view_as(value), value)
+
+
+def test_without_statistics_as_functorch_advises() -> None:
+    model, x = trained()
+    for norm in (model.stem[1], model.same_norm):  # what its batch-norm patch does to a layer
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        norm.track_running_stats = False
+    torch.testing.assert_close(mpp.convert_batchnorm(model, 2)(x), model(x))
+
+
+def test_plain_layers_beside_converted_ones_are_converted() -> None:
+    mixed = nn.Sequential(mpp.PerStepBatchNorm1d(4, 2), nn.BatchNorm1d(4))
+    converted = mpp.convert_batchnorm(mixed, 2)
+    for step in mpp.inner_steps(converted, 2):  # the two clocks go together
+        converted(torch.randn(3, 4))
+        assert [layer.num_batches_tracked[step].item() for layer in converted] == [1, 1]
+
+
+def test_each_replacement_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="mamlpp_ext.convert"):
+        mpp.convert_batchnorm(Block(), 3)
+        mpp.convert_batchnorm(nn.BatchNorm1d(4), 3)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3  # the shared layer once
+    for line, words in zip(lines, ("stem.1", "twice.norm", "(root)"), strict=True):
+        assert line.startswith(f"{words} -> PerStepBatchNorm")
+        assert "num_steps=3" in line
+
+
+class Renamed(nn.BatchNorm2d):
+    """A user's own subclass, which may compute anything."""
+
+
+def hooked(register: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+        getattr(model[1], register)(lambda *args: None)
+        return model
+
+    return build
+
+
+REFUSALS = {
+    "sync": (lambda: nn.SyncBatchNorm(4), "nn.BatchNorm1d, 2d and 3d"),
+    "lazy": (nn.LazyBatchNorm1d, "run the model once"),
+    "subclass": (lambda: Renamed(4), "replace it with one of these"),
+    "instance norm only": (lambda: nn.InstanceNorm1d(4), "has no nn.BatchNorm1d, 2d or 3d"),
+    "converted": (lambda: mpp.PerStepBatchNorm1d(4, 2), "converted already"),
+    "forward hook": (hooked("register_forward_hook"), "has hooks"),
+    "forward pre-hook": (hooked("register_forward_pre_hook"), "has hooks"),
+    "backward hook": (hooked("register_full_backward_hook"), "has hooks"),
+    "backward pre-hook": (hooked("register_full_backward_pre_hook"), "has hooks"),
+}
+
+
+@pytest.mark.parametrize(("build", "words"), REFUSALS.values(), ids=REFUSALS)
+def test_refusals_leave_the_model_alone(
+    build: Callable[[], nn.Module], words: str, unchanged: Any
+) -> None:
+    plain = [nn.BatchNorm1d(4)] if "no nn.BatchNorm" not in words and "already" not in words else []
+    model = nn.Sequential(*plain, build())
+    with unchanged(model), pytest.raises(ValueError, match=words):
+        mpp.convert_batchnorm(model, 2)
+
+
+def test_what_cannot_be_copied_is_left_alone(unchanged: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 4)))
+    model[1].source = (step for step in ())  # generators cannot be copied
+    with unchanged(model), pytest.raises(TypeError):
+        mpp.convert_batchnorm(model, 2)
+
+
+def flag_cleared() -> nn.Module:
+    layer = nn.BatchNorm1d(4)
+    layer.track_running_stats = False  # net.apply(...) of many MAML scripts; buffers stay
+    return layer
+
+
+def buffers_removed() -> nn.Module:
+    layer = nn.BatchNorm1d(4)
+    layer.running_mean = layer.running_var = None
+    return layer
+
+
+@pytest.mark.parametrize("build", [flag_cleared, buffers_removed])
+def test_flag_and_buffers_that_disagree(build: Callable[[], nn.Module], unchanged: Any) -> None:
+    """Either computes what the original does, or is refused in words."""
+    model, x = build(), torch.randn(5, 4)
+    with unchanged(model):
+        try:
+            converted = mpp.convert_batchnorm(model, 2)
+        except ValueError as error:
+            assert "track_running_stats" in str(error)  # noqa: PT017
+            return
+    for mode in (True, False):
+        torch.testing.assert_close(converted.train(mode)(x), model.train(mode)(x))
+
+
+def test_tied_parameters_stay_tied_or_are_refused(unchanged: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    model[1].weight = model[0].weight
+    with unchanged(model):
+        try:
+            converted = mpp.convert_batchnorm(model, 2)
+        except ValueError:
+            return
+    assert converted[1].weight is converted[0].weight
+
+
+def test_inside_frozen_statistics(unchanged: Any) -> None:
+    model, x = trained()
+    expected = mpp.convert_batchnorm(model, 2)(x)
+    with unchanged(model), mpp.frozen_statistics(model):
+        try:
+            converted = mpp.convert_batchnorm(model, 2)
+        except ValueError as error:
+            assert "frozen" in str(error)  # noqa: PT017
+            return
+    torch.testing.assert_close(converted(x), expected)

@@ -1,0 +1,663 @@
+"""Every bad input ends in a built-in exception that helps, and changes nothing.
+
+A message names what it got, what is legal, and what to do about it: the words of each row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mamlpp_ext as mpp
+
+higher = pytest.importorskip("higher")
+torchopt = pytest.importorskip("torchopt")
+
+from mamlpp_ext.integrations import higher as mpp_higher
+from mamlpp_ext.integrations import torchopt as mpp_torchopt
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Net = nn.Module
+
+
+def plain() -> nn.Module:
+    """A model that convert_batchnorm takes."""
+    layers = {"body": nn.Linear(3, 4), "norm": nn.BatchNorm1d(4), "head": nn.Linear(4, 2)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+def per_step() -> nn.Module:
+    """A model of three rows; what most rows of the table are about."""
+    net = mpp.convert_batchnorm(plain(), 3)
+    net.norm.running_mean.fill_(1.0)  # zeros would hide that a failure scaled them
+    return net
+
+
+def frozen() -> nn.Module:
+    """A model that nothing can be adapted of."""
+    return plain().requires_grad_(False)
+
+
+def with_layer(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(OrderedDict({"norm": nn.BatchNorm1d(4), "odd": layer()}))
+
+
+def hooked() -> nn.Module:
+    layer = nn.BatchNorm1d(4)
+    layer.register_forward_hook(lambda *args: None)
+    return layer
+
+
+def without_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def batch(tasks: int = 2, support: int = 4, target: int = 5) -> list[Tensor]:
+    sizes = ((tasks, support), (tasks, target))
+    return [
+        t for size in sizes for t in (torch.randn(*size, 3), torch.zeros(size, dtype=torch.long))
+    ]
+
+
+def run(net: Net, *, data: Any = None, loss: Any = F.cross_entropy, **settings: Any) -> Any:
+    lslr = settings.pop("lslr", None) or mpp.LSLR(net, 3)
+    settings = {"num_steps": 3, **settings}
+    return mpp.task_batch_loss(net, lslr, batch() if data is None else data, loss, **settings)
+
+
+def forward_at(net: Net, step: int) -> None:
+    with mpp.at_step(net, step):
+        net(torch.randn(4, 3))
+
+
+def update(net: Net, step: Any = 0, without_param: str = "", without_grad: str = "") -> None:
+    tensors = dict(net.named_parameters())
+    params = {name: p for name, p in tensors.items() if name != without_param}
+    grads = {name: p for name, p in tensors.items() if name != without_grad}
+    mpp.LSLR(net, 3).update(params, grads, step)
+
+
+def inside_higher(net: Net, use: Callable[[Net], Any]) -> None:
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 3)) as (fnet, _):
+        use(fnet)
+
+
+def inside_torchopt(net: Net, use: Callable[[Net], Any]) -> None:
+    with mpp_torchopt.innerloop_ctx(net, mpp.LSLR(net, 3)) as inner_opt:
+        inner_opt.step(net(torch.randn(4, 3)).sum())
+        use(net)
+
+
+def enter_higher(net: Net, lslr: mpp.LSLR | None = None) -> None:
+    with mpp_higher.innerloop_ctx(net, lslr or mpp.LSLR(per_step(), 3)):
+        pass
+
+
+def enter_torchopt(net: Net, lslr: mpp.LSLR | None = None) -> None:
+    with mpp_torchopt.innerloop_ctx(net, lslr or mpp.LSLR(per_step(), 3)):
+        pass
+
+
+def steps_in_higher(net: Net, count: int) -> None:
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 3)) as (fnet, diffopt):
+        for _ in range(count):
+            diffopt.step(fnet(torch.randn(4, 3)).sum())
+
+
+def steps_in_torchopt(net: Net, count: int) -> None:
+    with mpp_torchopt.innerloop_ctx(net, mpp.LSLR(net, 3)) as inner_opt:
+        for _ in range(count):
+            inner_opt.step(net(torch.randn(4, 3)).sum())
+
+
+def diffopt_without_params(net: Net) -> None:
+    optimizer = mpp_higher.LSLROptimizer(net, mpp.LSLR(net, 3))
+    with mpp.frozen_statistics(net):
+        loss = net(torch.randn(4, 3)).sum()
+    higher.get_diff_optim(optimizer, list(net.parameters())).step(loss)
+
+
+def two_loops(net: Net) -> None:
+    older, newer = mpp.inner_steps(net, 3), mpp.inner_steps(net, 3)
+    next(older)
+    next(newer)
+    next(older)
+
+
+def rates_of(names: str, steps: int = 3) -> dict[str, Any]:
+    return mpp.LSLR(per_step(), steps, adapt=names).state_dict()
+
+
+def vmapped(net: Net) -> None:
+    torch.func.vmap(net)(torch.randn(2, 4, 3))
+
+
+def differentiated(net: Net) -> None:
+    torch.func.grad(lambda x: net(x).sum())(torch.randn(4, 3))
+
+
+def chain_of_another_model(net: Net) -> None:
+    transform = mpp_torchopt.lslr_transform(mpp.LSLR(per_step(), 3))
+    torchopt.MetaOptimizer(net, transform).step(net.head.weight.sum())
+
+
+def not_reduced(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+norm1d, norm2d, norm3d = mpp.PerStepBatchNorm1d, mpp.PerStepBatchNorm2d, mpp.PerStepBatchNorm3d
+msl, one = mpp.MultiStepLoss, torch.ones(())
+x1, x2 = torch.ones(4, 4), torch.ones(2, 4, 3, 3)
+
+# What is done to a model, the exception, and words of its message.
+Row = tuple[Callable[[Net], Any], type[Exception], tuple[str, ...]]
+COUNTS: dict[str, Row] = {
+    "layer 0 steps": (lambda n: norm2d(4, 0), ValueError, ("num_steps", "at least 1", "got 0")),
+    "layer -1 steps": (lambda n: norm1d(4, -1), ValueError, ("num_steps", "at least 1", "got -1")),
+    "layer 2.5 steps": (
+        lambda n: norm3d(4, 2.5),
+        TypeError,
+        ("num_steps", "whole number of at least 1", "got 2.5", "pass an int"),
+    ),
+    "layer True steps": (
+        lambda n: norm2d(4, True),
+        TypeError,
+        ("num_steps", "got True of type bool", "pass an int"),
+    ),
+    "layer text steps": (lambda n: norm2d(4, "5"), TypeError, ("num_steps", "got '5' of type str")),
+    "layer 0 features": (lambda n: norm2d(0, 5), ValueError, ("num_features", "at least 1")),
+    "layer None features": (lambda n: norm2d(None, 5), TypeError, ("num_features", "got None")),
+    "convert 0 steps": (
+        lambda n: mpp.convert_batchnorm(n, 0),
+        ValueError,
+        ("num_steps", "at least 1", "got 0"),
+    ),
+    "convert 5.0 steps": (
+        lambda n: mpp.convert_batchnorm(n, 5.0),
+        TypeError,
+        ("num_steps", "got 5.0 of type float", "pass an int"),
+    ),
+    "lslr 0 steps": (lambda n: mpp.LSLR(n, 0), ValueError, ("num_steps", "at least 1", "got 0")),
+    "lslr 1.5 steps": (lambda n: mpp.LSLR(n, 1.5), TypeError, ("num_steps", "got 1.5", "an int")),
+    "loop 0 steps": (lambda n: mpp.inner_steps(n, 0), ValueError, ("num_steps", "at least 1")),
+    "loop -3 steps": (lambda n: mpp.inner_steps(n, -3), ValueError, ("num_steps", "got -3")),
+    "loop 2.0 steps": (lambda n: mpp.inner_steps(n, 2.0), TypeError, ("num_steps", "got 2.0")),
+    "loop 4 steps on 3 rows": (
+        lambda n: mpp.inner_steps(n, 4),
+        ValueError,
+        (
+            "inner step 3",
+            "layer 'norm' (PerStepBatchNorm1d)",
+            "legal: 0 to 2",
+            "num_steps=4",
+            "extra_steps='last'",
+        ),
+    ),
+    "at step -1": (lambda n: forward_at(n, -1), ValueError, ("step", "at least 0", "got -1")),
+    "at step 1.0": (lambda n: forward_at(n, 1.0), TypeError, ("step", "got 1.0", "pass an int")),
+    "at step 3 of 3": (
+        lambda n: forward_at(n, 3),
+        ValueError,
+        ("inner step 3", "legal: 0 to 2", "fewer steps", "extra_steps='last'"),
+    ),
+    "two loops": (two_loops, RuntimeError, ("another inner_steps loop", "use a copy")),
+    "weights of 0 steps": (
+        lambda n: mpp.multi_step_loss_weights(0, 0, 10),
+        ValueError,
+        ("num_steps", "at least 1", "got 0"),
+    ),
+    "weights at epoch -1": (
+        lambda n: mpp.multi_step_loss_weights(5, -1, 10),
+        ValueError,
+        ("epoch", "at least 0", "got -1"),
+    ),
+    "weights at epoch 0.5": (
+        lambda n: mpp.multi_step_loss_weights(5, 0.5, 10),
+        TypeError,
+        ("epoch", "got 0.5", "pass an int"),
+    ),
+    "annealed over -1 epochs": (lambda n: msl(5, -1), ValueError, ("anneal_epochs", "got -1")),
+    "annealed over nan epochs": (lambda n: msl(5, math.nan), TypeError, ("anneal_epochs", "nan")),
+    "order for -1 epochs": (
+        lambda n: mpp.DerivativeOrderAnnealing(-1),
+        ValueError,
+        ("first_order_epochs", "at least 0", "got -1"),
+    ),
+    "order for True epochs": (
+        lambda n: mpp.DerivativeOrderAnnealing(True),
+        TypeError,
+        ("first_order_epochs", "got True", "pass an int"),
+    ),
+}
+LAYERS: dict[str, Row] = {
+    "eps -1": (lambda n: norm2d(4, 5, eps=-1.0), ValueError, ("eps", "from 0 to 1", "got -1.0")),
+    "eps nan": (lambda n: norm2d(4, 5, eps=math.nan), ValueError, ("eps", "0 to 1", "got nan")),
+    "momentum 1.5": (
+        lambda n: norm2d(4, 5, momentum=1.5),
+        ValueError,
+        ("momentum", "from 0 to 1 or None", "got 1.5", "default"),
+    ),
+    "momentum text": (lambda n: norm2d(4, 5, momentum="0.1"), ValueError, ("momentum", "'0.1'")),
+    "extra steps first": (
+        lambda n: norm2d(4, 5, extra_steps="first"),
+        ValueError,
+        ("extra_steps", "'error' or 'last'", "got 'first'", "reuses the last row"),
+    ),
+    "extra steps True": (
+        lambda n: mpp.convert_batchnorm(n, 5, extra_steps=True),
+        ValueError,
+        ("extra_steps", "got True"),
+    ),
+    "lslr extra steps None": (
+        lambda n: mpp.LSLR(n, 5, extra_steps=None),
+        ValueError,
+        ("extra_steps", "got None"),
+    ),
+    "1d given 4": (
+        lambda n: norm1d(4, 3)(x2),
+        ValueError,
+        ("[N, C] or [N, C, L]", "got (2, 4, 3, 3)", "reshape it or use the layer"),
+    ),
+    "2d given 2": (lambda n: norm2d(4, 3)(x1), ValueError, ("[N, C, H, W]", "got (4, 4)")),
+    "2d given 3": (lambda n: norm2d(4, 3)(x2[0]), ValueError, ("[N, C, H, W]", "(4, 3, 3)")),
+    "3d given 4": (lambda n: norm3d(4, 3)(x2), ValueError, ("[N, C, D, H, W]", "(2, 4, 3, 3)")),
+    "wrong channels": (
+        lambda n: n.norm(torch.ones(2, 7)),
+        ValueError,
+        ("expects 4 channels", "got 7", "num_features=7"),
+    ),
+    "one value per channel": (
+        lambda n: n(torch.ones(1, 3)),
+        ValueError,
+        ("more than 1 value per channel", "(1, 4)", "larger batch", ".eval()"),
+    ),
+    "under vmap": (
+        vmapped,
+        RuntimeError,
+        ("running statistics in place", "torch.func", "task_batch_loss", "frozen_statistics"),
+    ),
+    "under torch.func.grad": (
+        differentiated,
+        RuntimeError,
+        ("running statistics in place", "torch.func", "task_batch_loss", "frozen_statistics"),
+    ),
+}
+RATES: dict[str, Row] = {
+    "parameters for a model": (
+        lambda n: mpp.LSLR(n.parameters(), 5),
+        TypeError,
+        ("torch.nn.Module", "got generator", "pass the model itself"),
+    ),
+    "lr nan": (lambda n: mpp.LSLR(n, 5, lr=math.nan), ValueError, ("lr", "finite", "got nan")),
+    "lr inf": (lambda n: mpp.LSLR(n, 5, lr=math.inf), ValueError, ("lr", "finite", "got inf")),
+    "lr -0.1": (
+        lambda n: mpp.LSLR(n, 5, lr=-0.1),
+        ValueError,
+        ("lr", "at least 0", "got -0.1", "may turn a rate negative later"),
+    ),
+    "lr text": (lambda n: mpp.LSLR(n, 5, lr="0.1"), ValueError, ("lr", "got '0.1'")),
+    "lr True": (lambda n: mpp.LSLR(n, 5, lr=True), ValueError, ("lr", "got True")),
+    "lr for each tensor": (
+        lambda n: mpp.LSLR(n, 5, lr=[0.1, 0.2]),
+        ValueError,
+        ("lr", "finite number", "got [0.1, 0.2]"),
+    ),
+    "pattern of nothing": (
+        lambda n: mpp.LSLR(n, 5, adapt=["head.*", "tail.*"]),
+        ValueError,
+        ("'tail.*' matches no parameter", "'body.weight'", "'head.bias'"),
+    ),
+    "callable of nothing": (
+        lambda n: mpp.LSLR(n, 5, adapt=lambda name: False),
+        ValueError,
+        ("nothing is left to adapt in Sequential", "'body.weight'"),
+    ),
+    "adapt empty": (
+        lambda n: mpp.LSLR(n, 5, adapt=[]),
+        ValueError,
+        ("nothing is left to adapt", "adapt=[]"),
+    ),
+    "adapt a number": (
+        lambda n: mpp.LSLR(n, 5, adapt=5),
+        TypeError,
+        ("adapt", "callable", "pattern", "got 5"),
+    ),
+    "adapt numbers": (
+        lambda n: mpp.LSLR(n, 5, adapt=[1, 2]),
+        TypeError,
+        ("adapt", "callable", "pattern", "1"),
+    ),
+    "only per-step layers": (
+        lambda n: mpp.LSLR(n.norm, 5),
+        ValueError,
+        ("nothing is left to adapt in PerStepBatchNorm1d", "'weight', 'bias'"),
+    ),
+    "update lacks a parameter": (
+        lambda n: update(n, without_param="head.bias"),
+        KeyError,
+        ("params lacks 'head.bias'", "it has", "by its name in named_parameters()"),
+    ),
+    "update lacks a gradient": (
+        lambda n: update(n, without_grad="body.weight"),
+        KeyError,
+        ("grads lacks 'body.weight'", "a missing gradient as None"),
+    ),
+    "update at step 3 of 3": (
+        lambda n: update(n, step=3),
+        ValueError,
+        ("inner step 3", "LSLR with num_steps=3", "legal: 0 to 2", "extra_steps='last'"),
+    ),
+    "update at step -1": (lambda n: update(n, step=-1), ValueError, ("step", "got -1")),
+    "update at step 0.5": (lambda n: update(n, step=0.5), TypeError, ("step", "got 0.5")),
+    "table of other names": (
+        lambda n: mpp.LSLR(n, 3, adapt="head.*").load_state_dict(rates_of("body.*")),
+        RuntimeError,
+        ("only there 'body.weight'", "only in this LSLR 'head.weight'", "nothing was loaded"),
+    ),
+    "table of other steps": (
+        lambda n: mpp.LSLR(n, 3, adapt="*").load_state_dict(rates_of("*", steps=5)),
+        RuntimeError,
+        ("num_steps=5", "num_steps=3"),
+    ),
+}
+LOSSES: dict[str, Row] = {
+    "too few": (
+        lambda n: msl(3, 10)([one, one]),
+        ValueError,
+        ("must hold 3 losses", "got 2", "after every update"),
+    ),
+    "too many": (lambda n: msl(3, 10)([one] * 4), ValueError, ("must hold 3 losses", "got 4")),
+    "too few in a tensor": (lambda n: msl(3, 10)(torch.ones(4, 2)), ValueError, ("3", "got 2")),
+    "none": (lambda n: mpp.FinalStepLoss()([]), ValueError, ("at least one", "got 0")),
+    "floats": (
+        lambda n: msl(2, 10)([one, 0.5]),
+        TypeError,
+        ("one tensor for each inner step", "got 0.5 of type float", "not loss.item()"),
+    ),
+    "one float": (
+        lambda n: msl(1, 10)(0.5),
+        TypeError,
+        ("step_losses", "tensor", "got 0.5", "not loss.item()"),
+    ),
+    "one vector among them": (
+        lambda n: msl(2, 10)([one, torch.ones(3)]),
+        ValueError,
+        ("step_losses", "(3,)"),
+    ),
+    "state of other steps": (
+        lambda n: msl(3, 10).load_state_dict(msl(5, 10).state_dict()),
+        ValueError,
+        ("num_steps=3", "num_steps=5", "build it with the latter"),
+    ),
+    "state of another schedule": (
+        lambda n: msl(3, 10).load_state_dict(mpp.FinalStepLoss().state_dict()),
+        ValueError,
+        ("'anneal_epochs', 'last_epoch', 'num_steps'", "got ['last_epoch']", "state_dict()"),
+    ),
+    "state at epoch 1.5": (
+        lambda n: mpp.FinalStepLoss().load_state_dict({"last_epoch": 1.5}),
+        TypeError,
+        ("last_epoch", "got 1.5"),
+    ),
+    "state at epoch -1": (
+        lambda n: mpp.DerivativeOrderAnnealing(3).load_state_dict(
+            {"first_order_epochs": 3, "last_epoch": -1}
+        ),
+        ValueError,
+        ("last_epoch", "at least 0", "got -1"),
+    ),
+}
+TASK_BATCHES: dict[str, Row] = {
+    "0 steps": (lambda n: run(n, num_steps=0), ValueError, ("num_steps", "at least 1", "got 0")),
+    "1.5 steps": (lambda n: run(n, num_steps=1.5), TypeError, ("num_steps", "got 1.5")),
+    "chunks of 0": (lambda n: run(n, chunk_size=0), ValueError, ("chunk_size", "at least 1")),
+    "chunks of 0.5": (lambda n: run(n, chunk_size=0.5), TypeError, ("chunk_size", "got 0.5")),
+    "more steps than rows": (
+        lambda n: run(n, num_steps=4, lslr=mpp.LSLR(n, 4)),
+        ValueError,
+        ("inner step 3", "layer 'norm'", "legal: 0 to 2", "extra_steps='last'"),
+    ),
+    "more steps than rates": (
+        lambda n: run(n, lslr=mpp.LSLR(n, 2)),
+        ValueError,
+        ("inner step 2", "LSLR with num_steps=2", "legal: 0 to 1"),
+    ),
+    "three tensors": (
+        lambda n: run(n, data=batch()[:3]),
+        ValueError,
+        ("x_support", "[T, S, ...]", "got [(2, 4, 3), (2, 4), (2, 5, 3)]", "stack the tasks"),
+    ),
+    "lists": (
+        lambda n: run(n, data=[[1], [2], [3], [4]]),
+        ValueError,
+        ("y_target", "got ['list', 'list', 'list', 'list']", "stack the tasks"),
+    ),
+    "one task alone": (
+        lambda n: run(n, data=[part[0] for part in batch()]),
+        ValueError,
+        ("got [(4, 3), (4,), (5, 3), (5,)]", "new dimension 0"),
+    ),
+    "other numbers of tasks": (
+        lambda n: run(n, data=[*batch(2)[:2], *batch(3)[2:]]),
+        ValueError,
+        ("must agree in T", "'x_target': (3, 5)"),
+    ),
+    "other numbers of examples": (
+        lambda n: run(n, data=[batch()[0], batch(support=6)[1], *batch()[2:]]),
+        ValueError,
+        ("number of examples", "'x_support': (2, 4), 'y_support': (2, 6)"),
+    ),
+    "no task": (lambda n: run(n, data=batch(0)), ValueError, ("at least one task", "(0, 4)")),
+    "no example": (
+        lambda n: run(n, data=batch(support=0)),
+        ValueError,
+        ("at least one", "(2, 0)", "x_support"),
+    ),
+    "loss not reduced": (
+        lambda n: run(n, loss=not_reduced),
+        ValueError,
+        ("one 0-dim tensor", "got shape (4,)", "reduction='mean'"),
+    ),
+    "loss a float": (
+        lambda n: run(n, loss=lambda a, b: 0.5),
+        TypeError,
+        ("one 0-dim tensor", "got float"),
+    ),
+    "losses of other steps": (
+        lambda n: run(n, aggregate=msl(2, 10)),
+        ValueError,
+        ("num_steps=2", "num_steps=3"),
+    ),
+    "rates of another model": (
+        lambda n: run(n, lslr=mpp.LSLR(without_norm(), 3)),
+        ValueError,
+        ("this LSLR adapts '0.weight'", "Sequential does not have", "build the table from"),
+    ),
+}
+CONTEXTS: dict[str, Row] = {
+    "higher, rates of another model": (
+        lambda n: enter_higher(n, mpp.LSLR(without_norm(), 3)),
+        ValueError,
+        ("this LSLR adapts '0.weight'", "it has 'body.weight'", "build the table from this model"),
+    ),
+    "torchopt, rates of another model": (
+        lambda n: enter_torchopt(n, mpp.LSLR(without_norm(), 3)),
+        ValueError,
+        ("this LSLR adapts '0.weight'", "it has 'body.weight'", "build the table from this model"),
+    ),
+    "higher, patched again": (
+        lambda n: inside_higher(n, enter_higher),
+        ValueError,
+        ("'body.weight'", "adapted weights instead of parameters", "pass the original model"),
+    ),
+    "higher, inside torchopt": (
+        lambda n: inside_torchopt(n, enter_higher),
+        ValueError,
+        ("'body.weight'", "inside an inner loop already", "end that loop first"),
+    ),
+    "torchopt, nested": (
+        lambda n: inside_torchopt(n, enter_torchopt),
+        ValueError,
+        ("'body.weight'", "inside an inner loop already", "end that loop first"),
+    ),
+    "torchopt, patched": (
+        lambda n: inside_higher(n, enter_torchopt),
+        ValueError,
+        ("'body.weight'", "or patched", "pass the original model"),
+    ),
+    "task batch, inside torchopt": (
+        lambda n: inside_torchopt(n, lambda net: run(net, lslr=mpp.LSLR(per_step(), 3))),
+        ValueError,
+        ("'body.weight'", "inside an inner loop already", "end that loop first"),
+    ),
+    "task batch, patched": (
+        lambda n: inside_higher(n, lambda net: run(net, lslr=mpp.LSLR(per_step(), 3))),
+        ValueError,
+        ("'body.weight'", "or patched", "pass the original model"),
+    ),
+    "higher, steps": (
+        lambda n: steps_in_higher(n, 4),
+        ValueError,
+        ("inner step 3", "LSLR with num_steps=3", "legal: 0 to 2", "extra_steps='last'"),
+    ),
+    "torchopt, steps": (
+        lambda n: steps_in_torchopt(n, 4),
+        ValueError,
+        ("inner step 3", "LSLR with num_steps=3", "legal: 0 to 2", "extra_steps='last'"),
+    ),
+    "higher, no parameters": (
+        diffopt_without_params,
+        ValueError,
+        ("params=None", "no patched model", "pass params"),
+    ),
+    "torchopt, unknown parameters": (
+        lambda n: mpp_torchopt.lslr_transform(mpp.LSLR(n, 3)).init([torch.ones(2)]),
+        ValueError,
+        ("1 parameters", "'head.bias'", "dict(net.named_parameters())"),
+    ),
+    "torchopt, another model": (
+        chain_of_another_model,
+        ValueError,
+        ("cannot tell which", "'body.weight'", "from this very model"),
+    ),
+}
+CONVERSIONS: dict[str, Row] = {
+    "not a module": (
+        lambda n: mpp.convert_batchnorm(n.parameters(), 5),
+        TypeError,
+        ("torch.nn.Module", "got generator", "pass the model itself"),
+    ),
+    "converted already": (
+        lambda n: mpp.convert_batchnorm(n, 5),
+        ValueError,
+        ("no nn.BatchNorm1d, 2d or 3d", "it is converted already", "leave this call out"),
+    ),
+    "patched": (
+        lambda n: inside_higher(n, lambda net: mpp.convert_batchnorm(net, 5)),
+        ValueError,
+        ("'body'", "adapted weights instead of parameters", "convert the original model"),
+    ),
+    "inside torchopt": (
+        lambda n: inside_torchopt(n, lambda net: mpp.convert_batchnorm(net, 5)),
+        ValueError,
+        ("'body'", "adapted weights instead of parameters", "convert the original model"),
+    ),
+}
+# The same after which model it is done to.
+OTHER_MODELS: dict[str, tuple[Any, ...]] = {
+    "pattern of the frozen": (
+        frozen,
+        lambda n: mpp.LSLR(n, 5, adapt="*"),
+        ValueError,
+        ("'*' matches no parameter that requires grad", "there are none"),
+    ),
+    "everything frozen": (
+        frozen,
+        lambda n: mpp.LSLR(n, 5),
+        ValueError,
+        ("nothing is left to adapt", "parameters that require grad: none"),
+    ),
+    "convert without BatchNorm": (
+        without_norm,
+        lambda n: mpp.convert_batchnorm(n, 5),
+        ValueError,
+        ("Sequential has no nn.BatchNorm1d, 2d or 3d", "(none)", "leave this call out"),
+    ),
+    "convert SyncBatchNorm": (
+        with_layer(lambda: nn.SyncBatchNorm(4)),
+        lambda n: mpp.convert_batchnorm(n, 5),
+        ValueError,
+        ("'odd' (SyncBatchNorm)", "cannot be expressed", "replace it"),
+    ),
+    "convert a lazy layer": (
+        with_layer(nn.LazyBatchNorm1d),
+        lambda n: mpp.convert_batchnorm(n, 5),
+        ValueError,
+        ("'odd' (LazyBatchNorm1d)", "lazy", "run the model once"),
+    ),
+    "convert a hooked layer": (
+        with_layer(hooked),
+        lambda n: mpp.convert_batchnorm(n, 5),
+        ValueError,
+        ("'odd' (BatchNorm1d)", "has hooks", "register them on the converted layer"),
+    ),
+    "convert a patched model": (
+        plain,
+        lambda n: inside_higher(n, lambda net: mpp.convert_batchnorm(net, 5)),
+        ValueError,
+        ("'body'", "patched already", "convert the original model"),
+    ),
+    "task batch of a plain BatchNorm": (
+        plain,
+        run,
+        ValueError,
+        ("layer 'norm' (BatchNorm1d)", "convert_batchnorm(model, num_steps)", "1, extra_steps"),
+    ),
+    "task batch of an adapted LayerNorm": (
+        lambda: nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)),
+        run,
+        ValueError,
+        ("layer '1' (LayerNorm)", "wrong meta-gradients", "'1.weight'", "adapt"),
+    ),
+}
+TABLE: dict[str, tuple[Any, ...]] = {
+    **{
+        name: (per_step, *row)
+        for part in (COUNTS, LAYERS, RATES, TASK_BATCHES, CONTEXTS)
+        for name, row in part.items()
+    },
+    **{f"losses: {name}": (per_step, *row) for name, row in LOSSES.items()},
+    **{f"convert: {name}": (per_step, *row) for name, row in CONVERSIONS.items()},
+    **OTHER_MODELS,
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "act", "error", "words"),
+    [pytest.param(*row, id=name) for name, row in TABLE.items()],
+)
+def test_bad_input(
+    build: Callable[[], Net],
+    act: Callable[[Net], Any],
+    error: type[Exception],
+    words: tuple[str, ...],
+    unchanged: Any,
+) -> None:
+    net = build()
+    with unchanged(net), pytest.raises(error) as info:
+        act(net)
+    assert type(info.value) is error
+    message = str(info.value.args[0])  # str() of a KeyError is quoted
+    assert not [word for word in words if word not in message], message
+
+
+def test_table_is_long_enough() -> None:
+    assert len(TABLE) >= 35

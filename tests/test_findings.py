@@ -1,0 +1,183 @@
+"""check_setup says what is on, what is off and what cannot work; it raises nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+
+import mamlpp_ext as mpp
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+PARTS = ("(MSL)", "(DA)", "(BNRS)", "(BNWB)", "(LSLR)", "(CA)")
+
+
+def check(net: nn.Module, lslr: mpp.LSLR | None, optimizer: Any = None, **parts: Any) -> list[str]:
+    findings = mpp.check_setup(net, lslr, optimizer, **parts)
+    assert all(f.startswith(("on: ", "off: ", "problem: ")) for f in findings)
+    return findings
+
+
+def problems(findings: list[str]) -> list[str]:
+    return [finding for finding in findings if finding.startswith("problem: ")]
+
+
+def adam(*modules: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam([p for module in modules for p in module.parameters()], lr=1e-3)
+
+
+def test_everything_on(net: nn.Module, lslr: mpp.LSLR) -> None:
+    optimizer = adam(net, lslr)
+    findings = check(
+        net,
+        lslr,
+        optimizer,
+        multi_step_loss=mpp.MultiStepLoss(3, 10),
+        derivative_order=mpp.DerivativeOrderAnnealing(50),
+        meta_scheduler=CosineAnnealingLR(optimizer, 100, eta_min=1e-5),
+    )
+    assert not problems(findings)
+    for part in PARTS:
+        assert [f.partition(":")[0] for f in findings if part in f] == ["on"], part
+
+
+def test_everything_off() -> None:
+    """A configuration that says MAML++ with its parts off is plain MAML, and is told so."""
+    findings = check(nn.Linear(3, 2), None)
+    assert not problems(findings)
+    for part in PARTS:
+        assert [f.partition(":")[0] for f in findings if part in f] == ["off"], part
+
+
+@pytest.mark.parametrize(
+    ("change", "off"),
+    [
+        (lambda net: {"multi_step_loss": mpp.FinalStepLoss()}, "(MSL)"),
+        (lambda net: {"meta_scheduler": StepLR(adam(net), 5)}, "(CA)"),
+        (lambda net: net.norm.register_parameter("weight", None), "(BNWB)"),
+        (lambda net: net.norm.register_buffer("running_mean", None), "(BNRS)"),
+    ],
+    ids=["final step", "another scheduler", "no weights", "no statistics"],
+)
+def test_one_part_off(net: nn.Module, change: Callable[[nn.Module], Any], off: str) -> None:
+    parts = change(net)
+    findings = check(net, None, **(parts if isinstance(parts, dict) else {}))
+    assert [f.partition(":")[0] for f in findings if off in f] == ["off"]
+
+
+def test_one_row_for_all_steps_counts_as_off() -> None:
+    plain = mpp.convert_batchnorm(nn.BatchNorm1d(3), 1, extra_steps="last")
+    findings = check(plain, None)
+    assert [f.partition(":")[0] for f in findings if "(BNRS)" in f] == ["off"]
+    assert not problems(findings)
+
+
+def test_fixed_rates_are_off(net: nn.Module) -> None:
+    lslr = mpp.LSLR(net, 3, learnable=False)
+    findings = check(net, lslr, adam(net))  # nothing to put into the meta-optimizer
+    assert not problems(findings)
+    assert [f for f in findings if "LSLR" in f and f.startswith("off: ") and "fixed" in f]
+
+
+def plain_layers(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    net.extra = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm2d(3))
+    return check(net, lslr)
+
+
+def rates_left_out(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    return check(net, lslr, adam(net))
+
+
+def parameters_left_out(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    return check(net, lslr, adam(net.body, net.norm, lslr))
+
+
+def optimizer_of_the_original(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    plain = nn.Sequential(nn.BatchNorm1d(3))
+    return check(mpp.convert_batchnorm(plain, 3), None, adam(plain))
+
+
+def other_steps_in_the_layers(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    return check(net, mpp.LSLR(net, 5))
+
+
+def other_steps_in_the_losses(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    return check(net, lslr, multi_step_loss=mpp.MultiStepLoss(5, 10))
+
+
+def losses_annealed_at_once(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    return check(net, lslr, multi_step_loss=mpp.MultiStepLoss(3, 0))
+
+
+def order_annealed_at_once(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    return check(net, lslr, derivative_order=mpp.DerivativeOrderAnnealing(0))
+
+
+def flat_cosine(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    return check(net, lslr, meta_scheduler=CosineAnnealingLR(adam(net), 10, eta_min=1e-3))
+
+
+def another_models_rates(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    return check(net, mpp.LSLR(nn.Bilinear(2, 2, 2), 3))
+
+
+def parameters_unreached(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    net(torch.randn(5, 3)).sum().backward()
+    net.spare = nn.Linear(2, 2)
+    return check(net, None)
+
+
+def rates_unreached(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
+    net(torch.randn(5, 3)).sum().backward()  # the update was left out
+    return check(net, lslr)
+
+
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        (
+            plain_layers,
+            ("2 plain BatchNorm layers are left over", "'extra.0'", "convert_batchnorm"),
+        ),
+        (rates_left_out, ("rates of LSLR are not in the meta-optimizer", "lslr.parameters()")),
+        (
+            parameters_left_out,
+            ("2 parameters", "'head.weight', 'head.bias'", "module.parameters()"),
+        ),
+        (optimizer_of_the_original, ("2 parameters", "not in the meta-optimizer", "conversion")),
+        (other_steps_in_the_layers, ("layer 'norm' has num_steps=3", "LSLR has num_steps=5")),
+        (other_steps_in_the_losses, ("MultiStepLoss has num_steps=5", "LSLR has num_steps=3")),
+        (losses_annealed_at_once, ("multi-step loss", "0 epochs", "anneal_epochs=10")),
+        (order_annealed_at_once, ("first_order_epochs=0", "at least 1")),
+        (flat_cosine, ("starts and ends at 0.001", "eta_min")),
+        (another_models_rates, ("LSLR adapts 'weight', 'bias'", "build it from this model")),
+        (parameters_unreached, ("no gradient reaches 'spare.weight', 'spare.bias'", "freeze it")),
+        (rates_unreached, ("no gradient reaches 'the rates of LSLR'", "detach()")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_problems(
+    net: nn.Module, lslr: mpp.LSLR, setup: Callable[..., list[str]], words: tuple[str, ...]
+) -> None:
+    found = problems(setup(net, lslr))
+    assert [f for f in found if all(word in f for word in words)], found
+
+
+def test_gradients_are_judged_after_a_backward_only(
+    net: nn.Module, lslr: mpp.LSLR, tasks: tuple[Tensor, ...]
+) -> None:
+    assert not problems(check(net, lslr, adam(net, lslr)))
+    loss_fn = nn.functional.cross_entropy
+    mpp.task_batch_loss(net, lslr, tasks, loss_fn, num_steps=3).loss.backward()
+    assert not problems(check(net, lslr, adam(net, lslr)))
+
+
+def test_nothing_is_changed(net: nn.Module, lslr: mpp.LSLR, unchanged: Any) -> None:
+    optimizer = adam(net, lslr)
+    with unchanged(net), unchanged(lslr):
+        check(net, lslr, optimizer, multi_step_loss=mpp.MultiStepLoss(3, 10))

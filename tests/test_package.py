@@ -1,0 +1,160 @@
+"""What is public stays importable and documented, and the core needs torch alone."""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mamlpp_ext as mpp
+
+ROOT = Path(__file__).parents[1]
+PER_STEP = (
+    "num_features num_steps eps momentum affine track_running_stats *extra_steps *device *dtype"
+)
+SIGNATURES = {
+    "mamlpp_ext": {
+        "DerivativeOrderAnnealing": "first_order_epochs",
+        "FinalStepLoss": "",
+        "LSLR": "module num_steps lr *adapt *learnable *extra_steps",
+        "LSLR.update": "self params grads step",
+        "MultiStepLoss": "num_steps anneal_epochs",
+        "PerStepBatchNorm1d": PER_STEP,
+        "PerStepBatchNorm2d": PER_STEP,
+        "PerStepBatchNorm3d": PER_STEP,
+        "TaskBatchResult": "loss step_losses logits",
+        "at_step": "module step",
+        "check_setup": "module lslr meta_optimizer *multi_step_loss *derivative_order "
+        "*meta_scheduler",
+        "convert_batchnorm": "module num_steps *extra_steps",
+        "frozen_statistics": "module",
+        "inner_steps": "module num_steps",
+        "multi_step_loss_weights": "num_steps epoch anneal_epochs",
+        "task_batch_loss": "model lslr batch loss_fn *num_steps *aggregate *second_order "
+        "*rematerialize *chunk_size",
+    },
+    "mamlpp_ext.integrations.higher": {
+        "DifferentiableLSLR": "other args kwargs",
+        "LSLROptimizer": "module lslr second_order",
+        "innerloop_ctx": "net lslr *second_order *track_higher_grads",
+    },
+    "mamlpp_ext.integrations.torchopt": {
+        "LSLRState": "step names",
+        "MetaLSLR": "net lslr second_order",
+        "innerloop_ctx": "net lslr *second_order",
+        "lslr_transform": "lslr",
+    },
+}
+NAMES = [(module, name) for module, names in SIGNATURES.items() for name in names]
+
+
+def public(module: str, name: str) -> Any:
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_signatures(module: str, name: str) -> None:
+    parameters = inspect.signature(public(module, name)).parameters.values()
+    shown = [("*" if p.kind is p.KEYWORD_ONLY else "") + p.name for p in parameters]
+    assert " ".join(shown) == SIGNATURES[module][name]
+
+
+@pytest.mark.parametrize("module", SIGNATURES)
+def test_nothing_else_is_public(module: str) -> None:
+    names = {name.partition(".")[0] for name in SIGNATURES[module]}
+    assert set(importlib.import_module(module).__all__) == names
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_documentation(module: str, name: str) -> None:
+    thing = public(module, name)
+    text = thing.__doc__  # its own: inspect.getdoc would be content with a parent's
+    assert text
+    assert text.strip().splitlines()[0].endswith((".", ":"))
+    if dataclasses.is_dataclass(thing) or hasattr(thing, "_fields"):  # returned, never made
+        assert "Attributes:" in text
+    else:
+        assert "Example:" in text
+        assert ">>>" in text
+        for parameter in inspect.signature(thing).parameters:
+            assert (
+                parameter in ("self", "args", "kwargs", "other")
+                or parameter in text
+                or (
+                    "PerStepBatchNorm1d`" in text  # the 2d and 3d layers refer to the 1d one
+                )
+            )
+
+
+def python(code: str) -> Any:
+    """Runs code in a fresh interpreter; it prints one line of JSON and nothing else."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+def test_core_needs_torch_alone() -> None:
+    """Imported with every warning an error, it adds itself and torch's own modules, no others."""
+    added = python(
+        "import json, sys, warnings\n"
+        "import torch\n"
+        "before = set(sys.modules)\n"
+        "warnings.simplefilter('error')\n"
+        "import mamlpp_ext\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    assert "mamlpp_ext.task_batch" in added
+    assert not [name for name in added if name.startswith("mamlpp_ext.integrations")]
+    roots = {name.partition(".")[0] for name in added} - set(sys.stdlib_module_names)
+    assert roots <= {"mamlpp_ext", "torch"}
+
+
+def test_missing_extras() -> None:
+    """Without higher and torchopt the core runs, and the adapters say what to install."""
+    errors = python(
+        "import json, sys\n"
+        "sys.modules['higher'] = sys.modules['torchopt'] = None\n"
+        "import torch, mamlpp_ext as mpp\n"
+        "net = mpp.convert_batchnorm(torch.nn.Sequential(\n"
+        "    torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)), 2)\n"
+        "x, y = torch.randn(2, 4, 3), torch.randint(2, (2, 4))\n"
+        "loss_fn = torch.nn.functional.cross_entropy\n"
+        "lslr = mpp.LSLR(net, 2)\n"
+        "mpp.task_batch_loss(net, lslr, (x, y, x, y), loss_fn, num_steps=2).loss.backward()\n"
+        "errors = []\n"
+        "for name in ('higher', 'torchopt'):\n"
+        "    try:\n"
+        "        __import__('mamlpp_ext.integrations.' + name)\n"
+        "    except ImportError as error:\n"
+        "        errors.append(str(error))\n"
+        "print(json.dumps(errors))"
+    )
+    for name, error in zip(("higher", "torchopt"), errors, strict=True):
+        assert f"pip install 'mamlpp_ext[{name}]'" in error
+        assert f"needs the package {name}, which is not installed" in error
+
+
+def test_types_are_shipped() -> None:
+    assert resources.files("mamlpp_ext").joinpath("py.typed").is_file()
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["options.package_data"]["mamlpp_ext"].split() == ["py.typed"]
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert f"\n## {mpp.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -1,0 +1,388 @@
+"""A batch of tasks at once: the same in every form, random per task, and no trace of a failure."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mamlpp_ext as mpp
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+FORMS = {
+    "rematerialised": {"rematerialize": True},
+    "chunks of 1": {"chunk_size": 1},
+    "chunks of 3": {"chunk_size": 3},  # of 4 tasks: the last chunk is smaller
+    "more than all": {"chunk_size": 9},
+    "both": {"chunk_size": 2, "rematerialize": True},
+}
+
+
+def run(net: nn.Module, lslr: mpp.LSLR, batch: tuple[Tensor, ...], **settings: Any) -> Any:
+    settings = {"num_steps": 3, **settings}
+    return mpp.task_batch_loss(net, lslr, batch, F.cross_entropy, **settings)
+
+
+def outcome(net: nn.Module, lslr: mpp.LSLR, batch: tuple[Tensor, ...], **settings: Any) -> Any:
+    """Runs on copies; returns results, every gradient, and the statistics afterwards."""
+    net, lslr = copy.deepcopy((net, lslr))
+    result = run(net, lslr, batch, **settings)
+    result.loss.backward()
+    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    grads = {name: p.grad for name, p in [*net.named_parameters(), *lslr.named_parameters()]}
+    return {k: v.detach() for k, v in values.items()}, grads, dict(net.named_buffers())
+
+
+@pytest.mark.parametrize("second_order", [True, False], ids=["second", "first"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_form_is_the_same(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, form: dict[str, Any], second_order: bool
+) -> None:
+    common = {"aggregate": mpp.MultiStepLoss(3, 10), "second_order": second_order}
+    expected = outcome(net, lslr, tasks, **common)
+    torch.testing.assert_close(outcome(net, lslr, tasks, **common, **form), expected)
+    assert all(grad is not None for grad in expected[1].values())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_are_those_of_tasks_in_turn(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, momentum: float | None
+) -> None:
+    net.norm.momentum = momentum
+    twin = copy.deepcopy(net)
+    run(net, lslr, tasks)
+    for task in range(4):
+        run(twin, lslr, tuple(part[task : task + 1] for part in tasks))
+    torch.testing.assert_close(dict(net.named_buffers()), dict(twin.named_buffers()))
+    assert net.norm.num_batches_tracked.tolist() == [8, 8, 8]  # support and target of 4 tasks
+
+
+def test_result(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
+    result = run(net, lslr, tasks)
+    assert [tuple(t.shape) for t in (result.loss, result.step_losses, result.logits)] == [
+        (),
+        (4, 3),
+        (4, 6, 2),
+    ]
+    assert result.loss.requires_grad
+    assert not result.step_losses.requires_grad
+    assert not result.logits.requires_grad
+    torch.testing.assert_close(result.loss.detach(), result.step_losses[:, -1].mean())
+    last = F.cross_entropy(result.logits.flatten(0, 1), tasks[3].flatten())
+    torch.testing.assert_close(result.loss.detach(), last)  # tasks are of equal size
+
+
+def test_outputs_of_any_shape() -> None:
+    net = nn.Conv2d(1, 2, 3)
+    x, y = torch.randn(2, 3, 1, 5, 5), torch.randn(2, 3, 2, 3, 3)
+    batch = (x, y, x[:, :2], y[:, :2])
+    result = mpp.task_batch_loss(net, mpp.LSLR(net, 1), batch, F.mse_loss, num_steps=1)
+    assert result.logits.shape == (2, 2, 2, 3, 3)
+
+
+def test_the_model_is_not_adapted(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, unchanged: Any
+) -> None:
+    with unchanged(lslr), unchanged(net), mpp.frozen_statistics(net):
+        run(net, lslr, tasks, rematerialize=True)
+        run(net, lslr, tasks)
+
+
+@pytest.mark.parametrize("rematerialize", [True, False])
+def test_autograd_grad(net: nn.Module, lslr: mpp.LSLR, tasks: Any, rematerialize: bool) -> None:
+    _, expected, _ = outcome(net, lslr, tasks)
+    wanted = dict([*net.named_parameters(), *lslr.named_parameters()])
+    loss = run(net, lslr, tasks, rematerialize=rematerialize).loss
+    grads = torch.autograd.grad(loss, list(wanted.values()))
+    torch.testing.assert_close(dict(zip(wanted, grads, strict=True)), expected)
+    assert all(p.grad is None for p in wanted.values())
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "by_hand"),
+    [
+        (None, lambda losses: losses[:, -1]),
+        (mpp.FinalStepLoss(), lambda losses: losses[:, -1]),
+        (mpp.MultiStepLoss(3, 4), lambda losses: losses.mean(1)),
+        (lambda losses: losses.amax(1), lambda losses: losses.amax(1)),
+    ],
+    ids=["none", "final", "multi-step", "any function"],
+)
+def test_aggregates(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, aggregate: Any, by_hand: Any
+) -> None:
+    result = run(net, lslr, tasks, aggregate=aggregate)
+    torch.testing.assert_close(result.loss.detach(), by_hand(result.step_losses).mean())
+
+
+@pytest.mark.parametrize("rematerialize", [True, False])
+def test_early_steps_of_weight_zero(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, rematerialize: bool
+) -> None:
+    """Only the final target loss has a graph; its gradients are those of the weighted sum."""
+    weights = torch.tensor([0.0, 0.0, 1.0])
+    expected = outcome(net, lslr, tasks, aggregate=lambda losses: losses @ weights)
+    found = outcome(net, lslr, tasks, rematerialize=rematerialize)
+    torch.testing.assert_close(found, expected)
+
+
+def test_evaluation_without_gradients(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
+    expected, _, buffers = outcome(net, lslr, tasks)
+    with torch.no_grad():
+        for rematerialize in (False, True):
+            twin = copy.deepcopy(net)
+            result = run(twin, lslr, tasks, rematerialize=rematerialize)
+            assert not result.loss.requires_grad
+            torch.testing.assert_close(vars(result), expected)  # it adapts all the same
+            torch.testing.assert_close(dict(twin.named_buffers()), buffers)
+
+
+@pytest.mark.parametrize("rematerialize", [True, False])
+def test_eval_mode_reads_running_statistics(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, unchanged: Any, rematerialize: bool
+) -> None:
+    with unchanged(net.eval()):
+        losses = run(net, lslr, tasks, rematerialize=rematerialize).step_losses
+    for row in range(3):  # each step has a row of its own
+        net.norm.running_mean[row] += 1
+        moved = run(net, lslr, tasks, rematerialize=rematerialize).step_losses
+        assert (moved != losses).any(0).tolist() == [step >= row for step in range(3)]
+        net.norm.running_mean[row] -= 1
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_frozen_statistics(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, unchanged: Any, mode: bool
+) -> None:
+    expected, _, _ = outcome(net, lslr, tasks)
+    with unchanged(net.train(mode)), mpp.frozen_statistics(net):
+        found = run(net, lslr, tasks)
+    torch.testing.assert_close(found.step_losses, expected["step_losses"])
+
+
+def with_dropout(net: nn.Module) -> tuple[nn.Module, mpp.LSLR]:
+    net.head = nn.Sequential(nn.Dropout(0.5), net.head)
+    return net, mpp.LSLR(net, 3, lr=0.3)
+
+
+def test_dropout_draws_anew_for_every_task(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
+    one_task = tuple(part[:1].expand_as(part) for part in tasks)
+    same = run(net, lslr, one_task).step_losses
+    torch.testing.assert_close(same, same[:1].expand_as(same))
+    drawn = run(*with_dropout(net), one_task).step_losses
+    assert len(drawn[:, 0].unique()) == 4
+
+
+@pytest.mark.parametrize("second_order", [True, False], ids=["second", "first"])
+def test_rematerialising_replays_the_draws(net: nn.Module, tasks: Any, second_order: bool) -> None:
+    net, lslr = with_dropout(net)
+    found = []
+    for rematerialize in (False, True):
+        torch.manual_seed(7)
+        found.append(
+            outcome(net, lslr, tasks, rematerialize=rematerialize, second_order=second_order)
+        )
+        found[-1] = (*found[-1], torch.rand(3))  # what is drawn later is the same too
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_rematerialising_replays_autocast(net: nn.Module, tasks: Any) -> None:
+    net = net.float()
+    lslr, tasks = mpp.LSLR(net, 3), tuple(t.float() if t.is_floating_point() else t for t in tasks)
+    found = []
+    for rematerialize in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = run(net, lslr, tasks, rematerialize=rematerialize).loss
+        found.append(torch.autograd.grad(loss, [net.body.weight, lslr.rates]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def nodes(loss: Tensor) -> int:
+    """Returns the size of the graph that ``loss`` keeps alive."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return len(seen)
+
+
+def test_rematerialising_keeps_no_graph_of_the_steps(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any
+) -> None:
+    sizes = {
+        (form, steps): nodes(run(net, lslr, tasks, rematerialize=form, num_steps=steps).loss)
+        for form in (False, True)
+        for steps in (2, 3)
+    }
+    growth = {form: sizes[form, 3] - sizes[form, 2] for form in (False, True)}
+    assert growth[True] <= 3  # a node for the step and what picks its outputs
+    assert growth[False] > 20 * growth[True]
+
+
+def test_first_order_builds_no_second_derivative_graph(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any
+) -> None:
+    first, second = (nodes(run(net, lslr, tasks, second_order=o).loss) for o in (False, True))
+    assert first < second / 3
+
+
+@pytest.mark.parametrize("switch", ["mode", "frozen"])
+def test_mode_must_stay_until_a_rematerialised_backward(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, switch: str
+) -> None:
+    loss = run(net, lslr, tasks, rematerialize=True).loss
+    if switch == "mode":
+        net.eval()
+        with pytest.raises(RuntimeError, match=r"switched between train, eval.*backward first"):
+            loss.backward()
+        net.train()
+    else:
+        with mpp.frozen_statistics(net), pytest.raises(RuntimeError, match="frozen_statistics"):
+            loss.backward()
+    assert all(p.grad is None for p in net.parameters())
+    run(net, lslr, tasks, rematerialize=True).loss.backward()  # nothing is stuck
+
+
+def test_weights_must_stay_until_a_rematerialised_backward(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any
+) -> None:
+    loss = run(net, lslr, tasks, rematerialize=True).loss
+    with torch.no_grad():
+        net.norm.weight += 1  # a meta-step taken too early would give silently wrong gradients
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def counting(fail_at: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss function that fails at one of its calls."""
+    calls: Iterator[int] = iter(range(100))
+
+    def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:
+        if next(calls) == fail_at:
+            raise ArithmeticError("no loss today")
+        return F.cross_entropy(logits, labels)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("form", [{}, *FORMS.values()], ids=["plain", *FORMS])
+@pytest.mark.parametrize("fail_at", [1, 4])
+def test_a_failing_loss_leaves_no_trace(
+    net: nn.Module,
+    lslr: mpp.LSLR,
+    tasks: Any,
+    unchanged: Any,
+    form: dict[str, Any],
+    fail_at: int,
+) -> None:
+    fails = counting(fail_at)
+    with unchanged(net), unchanged(lslr), mpp.at_step(net, 1):
+        with pytest.raises(ArithmeticError):
+            mpp.task_batch_loss(net, lslr, tasks, fails, num_steps=3, **form)
+    net(torch.randn(5, 3))
+    assert net.norm.num_batches_tracked.tolist() == [1, 0, 0]  # forwards write again
+
+
+def test_a_failing_aggregate_leaves_no_trace(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, unchanged: Any
+) -> None:
+    with unchanged(net), pytest.raises(ZeroDivisionError):
+        run(net, lslr, tasks, aggregate=lambda losses: losses / (1 // 0))
+
+
+def test_a_failing_backward_leaves_the_step_alone(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any
+) -> None:
+    fails = counting(8)  # six calls in the forward; the third in rebuilding the steps
+    loss = mpp.task_batch_loss(net, lslr, tasks, fails, num_steps=3, rematerialize=True).loss
+    counts = net.norm.num_batches_tracked.clone()
+    with pytest.raises(ArithmeticError):
+        loss.backward()
+    assert torch.equal(net.norm.num_batches_tracked, counts)
+    assert net.norm.inner_step.index == 0
+
+
+def test_rebuilding_a_step_does_not_count_its_forwards(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any
+) -> None:
+    loss = run(net, lslr, tasks, rematerialize=True).loss
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    loss.backward()
+    torch.testing.assert_close(dict(net.named_buffers()), before, rtol=0, atol=0)
+
+
+def test_a_model_without_batch_norm(tasks: Any) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    lslr = mpp.LSLR(net, 3)
+    expected = outcome(net, lslr, tasks)
+    torch.testing.assert_close(outcome(net, lslr, tasks, rematerialize=True), expected)
+
+
+def test_only_the_head_is_adapted(net: nn.Module, tasks: Any) -> None:
+    lslr = mpp.LSLR(net, 3, adapt="head.*")
+    for form in ({}, {"rematerialize": True}):
+        _, grads, _ = outcome(net, lslr, tasks, **form)
+        assert all(grad.count_nonzero() for grad in grads.values())  # the rest is still learned
+
+
+def test_frozen_parameters_get_no_gradient(net: nn.Module, tasks: Any) -> None:
+    net.body.requires_grad_(False)
+    net.norm.weight.requires_grad_(False)
+    lslr = mpp.LSLR(net, 3)
+    for form in ({}, {"rematerialize": True}):
+        _, grads, _ = outcome(net, lslr, tasks, **form)
+        missing = [name for name, grad in grads.items() if grad is None]
+        assert missing == ["body.weight", "body.bias", "norm.weight"]
+
+
+def test_fixed_rates(net: nn.Module, tasks: Any) -> None:
+    lslr = mpp.LSLR(net, 3, learnable=False)
+    expected = outcome(net, lslr, tasks)
+    assert expected[1]["rates"] is None
+    assert expected[1]["body.weight"] is not None
+    torch.testing.assert_close(outcome(net, lslr, tasks, rematerialize=True), expected)
+
+
+@pytest.mark.parametrize(
+    "rematerialize",
+    [True, False],
+)
+def test_gradient_reaches_the_data(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, rematerialize: bool
+) -> None:
+    """Inputs may come from something learned, such as an encoder in front of the model."""
+    moved = [tasks[0].clone().requires_grad_(), tasks[2].clone().requires_grad_()]
+    grads = []
+    for form in ({"rematerialize": rematerialize}, {"chunk_size": 1}):
+        batch = (moved[0], tasks[1], moved[1], tasks[3])
+        loss = run(net, lslr, batch, **form).loss
+        grads.append(torch.autograd.grad(loss, moved, allow_unused=True))
+    assert grads[0][0] is not None
+    torch.testing.assert_close(*grads)
+
+
+def test_more_steps_than_were_trained(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
+    net.norm.extra_steps = lslr.extra_steps = "last"
+    before = run(copy.deepcopy(net), lslr, tasks).step_losses
+    result = run(net, lslr, tasks, num_steps=5)
+    assert result.step_losses.shape == (4, 5)
+    torch.testing.assert_close(result.step_losses[:, :3], before)
+    assert net.norm.num_batches_tracked.tolist() == [8, 8, 24]
+    result.loss.backward()
+    assert lslr.rates.grad.count_nonzero() == lslr.rates.numel()
+
+
+def test_plain_batchnorms_meaning_is_kept_by_one_row(tasks: Any) -> None:
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    net = mpp.convert_batchnorm(plain, 1, extra_steps="last")
+    run(net, mpp.LSLR(net, 3), tasks)
+    assert net[1].num_batches_tracked.tolist() == [24]
