@@ -246,6 +246,27 @@ def test_grad_callback_as_it_is_written_for_higher(
         adapt(fnet, diffopt, task, grad_callback=lambda grads: [g.clamp(-1, 1) for g in grads])
 
 
+def test_grad_callback_sees_the_gradients_of_its_step(
+    net: nn.Module, lslr: mpp.LSLR, task: Task
+) -> None:
+    """What clips by the total norm must not count second derivatives, nor free their graph."""
+    seen: list[list[Tensor]] = []
+
+    def look(grads: list[Tensor]) -> list[Tensor]:
+        seen.append(list(grads))
+        return grads
+
+    with innerloop_ctx(net, lslr) as (fnet, diffopt):
+        for step in mpp.inner_steps(fnet, 3):
+            loss = F.cross_entropy(fnet(task[0]), task[1])
+            diffopt.step(loss, grad_callback=look, override={"second_order": [step == 0]})
+        F.cross_entropy(fnet(task[2]), task[3]).backward()
+    place = [name for name, _ in net.named_parameters()].index("norm.weight")
+    for step, grads in enumerate(seen):
+        others = [row for row in range(3) if row != step]
+        assert grads[place][others].count_nonzero() == 0
+
+
 def test_override_of_the_order(net: nn.Module, lslr: mpp.LSLR, task: Task) -> None:
     expected = expected_gradients(net, lslr, task, second_order=False)
     with innerloop_ctx(net, lslr, second_order=True) as (fnet, diffopt):

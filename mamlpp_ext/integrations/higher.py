@@ -139,11 +139,13 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         fast = list(given)
         (group,), (places,) = self.param_groups, self._group_to_param_list
         group["params"] = [fast[place] for place in places]
+        grads = self._grads(loss, group["params"])
         callback = grad_callback or self._grad_callback
-        if callback is None:
-            grads = self._grads(loss, group["params"])
-        else:  # higher hands it the gradients of all parameters, in the model's order
-            every = list(callback(self._grads(loss, fast)))
+        if callback is not None:  # higher hands it the gradients of all parameters
+            every = [torch.zeros_like(p) for p in fast]  # 0 where nothing is adapted
+            for place, grad in zip(places, grads, strict=True):
+                every[place] = grad
+            every = list(callback(every))
             grads = [every[place] for place in places]
         self._update([grads])
         for place, p in zip(places, group["params"], strict=True):
