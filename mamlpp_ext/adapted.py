@@ -19,8 +19,13 @@ def select_parameters(module: nn.Module, adapt: Adapt) -> tuple[str, ...]:
 
     Raises:
         TypeError: if ``adapt`` is none of the forms of :data:`Adapt`.
-        ValueError: if a pattern matches nothing, or nothing is left.
+        ValueError: if a pattern matches nothing, nothing is left, or the weights are adapted ones.
     """
+    if any(p.grad_fn is not None for p in module.parameters()):
+        raise ValueError(
+            f"{type(module).__name__} holds adapted weights instead of parameters: patched, or "
+            "inside an inner loop; pass the original model, before the loop"
+        )
     trainable = [name for name, p in module.named_parameters() if p.requires_grad]
     if adapt is None:
         outer = {id(p) for layer in per_step_layers(module).values() for p in layer.parameters()}

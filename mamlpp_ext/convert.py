@@ -117,8 +117,9 @@ def _check_convertible(module: nn.Module) -> None:
             )
         if (layer.running_mean is None) == layer.track_running_stats:
             raise ValueError(
-                f"{where} has track_running_stats={layer.track_running_stats} but running_mean="
-                f"{layer.running_mean}; set the flag and the buffers to agree first"
+                f"{where} has track_running_stats={layer.track_running_stats} "
+                f"{'without' if layer.running_mean is None else 'with'} running buffers; make the "
+                "flag and the buffers agree first"
             )
         if type(layer) not in _REPLACEMENTS:
             raise ValueError(

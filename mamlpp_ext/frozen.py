@@ -35,7 +35,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     This is how to evaluate transductively, as the paper's code does, without letting the test tasks
     into the running statistics. Plain ``BatchNorm`` layers of ``module`` are treated alike, so that
     a MAML baseline is measured in the same way; for these, enter it before patching the model with
-    ``higher``, or give it the patched model.
+    ``higher``, or give it the patched model. A copy of the model made inside stays frozen.
 
     Args:
         module: the model, patched or not. Other layers (dropout) keep their mode.

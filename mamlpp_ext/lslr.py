@@ -44,8 +44,8 @@ class LSLR(nn.Module):
 
     Raises:
         TypeError: if ``module`` is no module or ``num_steps`` no whole number.
-        ValueError: if ``lr`` is not finite or is negative, nothing is left to adapt, or a pattern
-            matches nothing.
+        ValueError: if ``lr`` is not finite or is negative, nothing is left to adapt, a pattern
+            matches nothing, or ``module`` holds adapted weights instead of parameters.
 
     Example:
         >>> net = torch.nn.Linear(2, 1)
@@ -145,9 +145,15 @@ class LSLR(nn.Module):
             module: the model this table was made for, or one with the same names.
 
         Raises:
+            TypeError: if ``module`` is not a module.
             ValueError: if a name is missing in ``module``, so that the table is another model's, or
                 its parameters have been replaced by adapted weights.
         """
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"expected the model, a torch.nn.Module, got {type(module).__name__}; pass the "
+                "model first and its LSLR second"
+            )
         params = dict(module.named_parameters())
         missing = [name for name in self.names if name not in params]
         if missing:
@@ -203,8 +209,8 @@ class LSLR(nn.Module):
                 "with; nothing was loaded"
             )
             return
-        rates = state_dict.get(prefix + "rates")
-        if rates is not None and rates.shape != self.rates.shape:
+        rates = state_dict.get(prefix + "rates", self.rates)
+        if rates.dim() == 2 and rates.shape[1] != self.num_steps:
             error_msgs.append(
                 f"the checkpoint's rates have num_steps={rates.shape[1]}, this LSLR has "
                 f"num_steps={self.num_steps}; build it with the former (extra_steps='last' lets it "

@@ -83,7 +83,10 @@ class RunningStatistics(nn.Module):
             shares = [self.momentum * (1 - self.momentum) ** age for age in range(n)][::-1]
         for table, batches in zip(running, (means, variances), strict=True):
             batches = batches.to(table)
+            now = table[row]  # type: ignore[index]
+            if n == 1:  # a forward in a loop over tasks: the quick way
+                now.lerp_(batches[0], shares[0])
+                continue
             share = torch.tensor(shares, dtype=batches.dtype, device=batches.device)
-            row_now = table[row]  # type: ignore[index]
-            row_now.copy_(torch.addmv(row_now, batches.T, share, beta=keep))
+            now.copy_(torch.addmv(now, batches.T, share, beta=keep))
         self.num_batches_tracked[row] += n  # type: ignore[index]

@@ -53,7 +53,7 @@ def checked_count(name: str, value: Any, least: int = 1) -> int:
             f"of type {type(value).__name__}; pass an int"
         )
     if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
+        raise ValueError(f"{name} must be at least {least}, got {number}; pass a larger one")
     return number
 
 
@@ -81,7 +81,16 @@ def select_row(step: int, num_steps: int, extra_steps: ExtraSteps, owner: str) -
 
 
 def per_step_layers(module: nn.Module) -> dict[str, Any]:
-    """Returns the per-step layers of ``module`` by qualified name, shared ones once."""
+    """Returns the per-step layers of ``module`` by qualified name, shared ones once.
+
+    Raises:
+        TypeError: if ``module`` is not a module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"expected the model, a torch.nn.Module, got {module!r:.80} of type "
+            f"{type(module).__name__}; pass the model itself"
+        )
     return {
         name: layer
         for name, layer in module.named_modules()

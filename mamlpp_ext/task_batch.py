@@ -63,14 +63,16 @@ def task_batch_loss(
             :class:`MultiStepLoss`, or any function; None is the final step's loss.
         second_order: whether to differentiate through the inner gradients.
         rematerialize: keep only each step's weights and rebuild its graph in the backward: memory
-            nearly flat in ``num_steps``, for more time.
+            nearly flat in ``num_steps``, for more time. Gradients then reach the model, the rates
+            and the batch, not tensors that ``loss_fn`` closes over, and have no graph themselves.
         chunk_size: how many tasks at once; None for all.
 
     Returns:
         The meta-loss, the step losses and the last logits.
 
     Raises:
-        TypeError: if a count is not a whole number, or ``loss_fn`` does not return a tensor.
+        TypeError: if a count is not a whole number, or the model or ``loss_fn`` does not return a
+            tensor.
         ValueError: if shapes do not agree, the loss is not 0-dim, a step is out of range, the
             rates are another model's, or the model has a plain BatchNorm, or a LayerNorm or
             InstanceNorm whose weight is adapted (torch differentiates these wrongly under vmap).

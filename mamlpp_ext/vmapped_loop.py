@@ -110,6 +110,11 @@ class _Step:
                 f"loss_fn must return one 0-dim tensor for a task, got {got}; reduce it, e.g. with "
                 "reduction='mean'"
             )
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"the model must return one tensor, got {type(logits).__name__}; wrap it in a "
+                "module that picks the logits out"
+            )
         self.places += [place for place, _, _ in tape]
         return loss, (logits, [value for _, *values in tape for value in values])
 

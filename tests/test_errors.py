@@ -60,6 +60,12 @@ def without_norm() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
 
 
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    return net
+
+
 def batch(tasks: int = 2, support: int = 4, target: int = 5) -> list[Tensor]:
     sizes = ((tasks, support), (tasks, target))
     return [
@@ -85,8 +91,9 @@ def update(net: Net, step: Any = 0, without_param: str = "", without_grad: str =
     mpp.LSLR(net, 3).update(params, grads, step)
 
 
-def inside_higher(net: Net, use: Callable[[Net], Any]) -> None:
-    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 3)) as (fnet, _):
+def inside_higher(net: Net, use: Callable[[Net], Any], **settings: Any) -> None:
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 3)) as (fnet, diffopt):
+        diffopt.step(fnet(torch.randn(4, 3)).sum(), **settings)
         use(fnet)
 
 
@@ -533,6 +540,11 @@ CONTEXTS: dict[str, Row] = {
         ValueError,
         ("inner step 3", "LSLR with num_steps=3", "legal: 0 to 2", "extra_steps='last'"),
     ),
+    "higher, override of a rate": (
+        lambda n: inside_higher(n, lambda net: None, override={"lr": [0.5]}),
+        ValueError,
+        ("override of ['lr']", "legal is 'second_order'", "lslr.rates"),
+    ),
     "higher, no parameters": (
         diffopt_without_params,
         ValueError,
@@ -614,6 +626,14 @@ OTHER_MODELS: dict[str, tuple[Any, ...]] = {
         lambda n: inside_higher(n, lambda net: mpp.convert_batchnorm(net, 5)),
         ValueError,
         ("'body'", "patched already", "convert the original model"),
+    ),
+    "torchopt, tied parameters in a chain": (
+        tied,
+        lambda n: torchopt.MetaOptimizer(n, mpp_torchopt.lslr_transform(mpp.LSLR(n, 3))).step(
+            n(torch.ones(2, 3)).sum()
+        ),
+        ValueError,
+        ("'0.weight'", "several places", "use MetaLSLR"),
     ),
     "task batch of a plain BatchNorm": (
         plain,

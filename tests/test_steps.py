@@ -160,9 +160,10 @@ def by_batch(model: nn.Module, x: Tensor) -> Tensor:
 def test_frozen_statistics(build: Callable[[], nn.Module], mode: bool, unchanged: Any) -> None:
     model, x = trained(build, mode)
     with unchanged(model):
-        with mpp.frozen_statistics(model), mpp.frozen_statistics(model):
-            output = model(x)
-            model(x)
+        with mpp.frozen_statistics(model):
+            with mpp.frozen_statistics(model):
+                output = model(x)
+            model(x)  # the outer one still holds
     expected = by_batch(model, x)
     if mode:  # dropout keeps the mode of the model
         assert 0.3 < (output == 0).double().mean() < 0.7

@@ -228,6 +228,14 @@ def test_rematerialising_keeps_no_graph_of_the_steps(
     assert growth[False] > 20 * growth[True]
 
 
+@pytest.mark.parametrize("aggregate", [None, mpp.FinalStepLoss(), mpp.MultiStepLoss(3, 0)])
+def test_target_losses_of_weight_zero_have_no_graph(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, aggregate: Any
+) -> None:
+    every = nodes(run(net, lslr, tasks, aggregate=lambda losses: losses.sum(1)).loss)
+    assert nodes(run(net, lslr, tasks, aggregate=aggregate).loss) < every - 20
+
+
 def test_first_order_builds_no_second_derivative_graph(
     net: nn.Module, lslr: mpp.LSLR, tasks: Any
 ) -> None:

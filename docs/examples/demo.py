@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from few_shot import Batch, FewShotData, TaskSampler, conv_net, load, mean_and_interval
 from learners import BACKENDS, Learner, Schedules
 from report import Bars, write_report
-from torch import Tensor
 
 # The papers count 500 iterations as an epoch. Here the time is given and not the iterations, so an
 # epoch is a hundredth of the time: every schedule then ends where it should on any machine.

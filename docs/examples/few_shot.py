@@ -54,8 +54,8 @@ def load(path: str | Path | None = None) -> FewShotData:
     images = _from_folder(path) if path.is_dir() else torch.from_numpy(np.load(path)["images"])
     if images.dim() != 4 or len(images) <= sum(OMNIGLOT_SPLIT):
         raise ValueError(
-            f"{path} holds images of shape {tuple(images.shape)}; Omniglot's are [1623, 20, 28, 28], "
-            f"and more than {sum(OMNIGLOT_SPLIT)} characters are needed"
+            f"{path} holds images of shape {tuple(images.shape)}; Omniglot's are "
+            f"[1623, 20, 28, 28], and more than {sum(OMNIGLOT_SPLIT)} characters are needed"
         )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
     sizes = [*OMNIGLOT_SPLIT, len(images) - sum(OMNIGLOT_SPLIT)]

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from few_shot import Batch, task_accuracies
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 
 import mamlpp_ext as mpp
+from few_shot import Batch, task_accuracies
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,12 @@ def _task_by_task(learner: Learner, batch: Batch, train: bool, loop: Loop) -> tu
             losses = []
             for step in mpp.inner_steps(net, learner.steps):
                 inner_opt.step(F.cross_entropy(net(x_support), y_support))
-                if not learner.plus and step < learner.steps - 1:
-                    continue  # plain MAML looks at the targets once
-                with torch.set_grad_enabled(train and learner.counts(step)):
+                if not learner.counts(step):
+                    continue  # plain MAML, and multi-step loss once annealed, look once
+                with torch.set_grad_enabled(train):
                     logits = net(x_target)
                     losses.append(F.cross_entropy(logits, y_target))
-            loss = learner.msl(losses) / tasks
+            loss = (learner.msl(losses) if len(losses) > 1 else losses[0]) / tasks
             if train:
                 loss.backward()
         total += loss.item()

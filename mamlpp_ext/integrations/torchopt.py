@@ -58,8 +58,8 @@ def lslr_transform(lslr: LSLR) -> GradientTransformation:
         adapted get the update None and stay as they are.
 
     Raises:
-        ValueError: from ``init``, if parameters cannot be told by name or identity; from
-            ``update``, if ``params`` is not passed or after more steps than there are columns.
+        ValueError: from ``init``, if parameters cannot be told by name or identity, or are tied;
+            from ``update``, after more steps than there are columns.
 
     Example:
         >>> net = nn.Linear(2, 1)
