@@ -16,6 +16,9 @@ import mamlpp_ext as mpp
 
 ROWS = 3
 
+# The tensors are tiny: more threads only wait for each other, for minutes on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def float64() -> Iterator[None]:
