@@ -18,13 +18,23 @@ from few_shot import Batch, task_accuracies
 
 @dataclass(frozen=True)
 class Schedules:
-    """When the annealed parts of MAML++ end, in epochs."""
+    """When the annealed parts of MAML++ end, in epochs, and the meta rates.
+
+    Attributes:
+        epochs: in the whole training.
+        multi_step_loss: until only the final step's loss counts.
+        first_order: until meta-gradients are second-order.
+        plain_meta_lr: plain MAML's, constant.
+        meta_lr: MAML++'s at the start.
+        final_meta_lr: MAML++'s at the end.
+    """
 
     epochs: int
     multi_step_loss: int
     first_order: int
-    meta_lr: float = 1e-3
-    final_meta_lr: float = 1e-5
+    plain_meta_lr: float
+    meta_lr: float
+    final_meta_lr: float
 
 
 class Learner:
@@ -66,7 +76,8 @@ class Learner:
         )
         self.da = mpp.DerivativeOrderAnnealing(schedules.first_order if plus else 0)  # DA
         learned = [p for p in (*net.parameters(), *self.lslr.parameters()) if p.requires_grad]
-        self.meta_opt = torch.optim.Adam(learned, lr=schedules.meta_lr)
+        meta_lr = schedules.meta_lr if plus else schedules.plain_meta_lr
+        self.meta_opt = torch.optim.Adam(learned, meta_lr)
         self.meta_rate = (  # CA
             CosineAnnealingLR(self.meta_opt, schedules.epochs, schedules.final_meta_lr)
             if plus

@@ -1,0 +1,202 @@
+"""The scripts of docs/examples: they run, and what they say of themselves is so."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import few_shot
+
+EXAMPLES = Path(few_shot.__file__).parent
+BACKENDS = ("higher", "torchopt", "torch_func")
+TINY = ["--filters=8", "--eval-tasks=8", "--curve-tasks=4", "--eval-targets=5", "--threads=1"]
+
+
+def start_demo(out: Path, *flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, EXAMPLES / "demo.py", *TINY, "--out", out, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])},
+    )
+
+
+def check_record(out: Path) -> dict[str, Any]:
+    """The picture is a picture, and the JSON has no NaN and all that the table is made of."""
+    with Image.open(out / "demo.png") as picture:
+        assert picture.width > 1000
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} in demo.json")
+
+    record = json.loads((out / "demo.json").read_text(), parse_constant=refuse)
+    for name in ("MAML", "MAML++"):
+        result = record["results"][name]
+        assert result["curve"]
+        assert result["history"]
+        for statistics in ("batch_statistics", "running_statistics"):
+            assert 0 <= result[statistics]["accuracy"] <= 1
+            assert result[statistics]["tasks"] >= 4
+    return record
+
+
+@pytest.mark.parametrize("library", ["higher", "torchopt"])
+def test_at_most_twelve_lines_from_maml_to_maml_plus_plus(library: str) -> None:
+    before, after = (
+        (EXAMPLES / f"maml_{library}_{which}.py").read_text().splitlines()
+        for which in ("before", "after")
+    )
+    changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
+    assert 0 < sum(line.startswith("+") for line in changes) <= 12
+    assert 0 < sum(line.startswith("-") for line in changes) <= 12
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+@pytest.mark.parametrize("library", ["higher", "torchopt"])
+def test_before_and_after_run(
+    library: str, which: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = importlib.import_module(f"maml_{library}_{which}")
+    monkeypatch.setattr(script, "EPOCHS", 2)
+    assert 0.2 < script.main(iterations=2, test_batches=2) <= 1
+    assert "epoch 1: accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_demo(backend: str, tmp_path: Path) -> None:
+    demo = start_demo(tmp_path, "--minutes=0.02", f"--backend={backend}")
+    table, progress = demo.communicate(timeout=300)
+    assert demo.returncode == 0, progress
+    for heading in ("iterations", "ms/iteration", "batch statistics", "running statistics"):
+        assert heading in table
+    assert "meta rate" in progress
+    assert "iteration" in progress
+    record = check_record(tmp_path)
+    assert record["settings"]["backend"] == backend
+    plain, plus = record["results"]["MAML"], record["results"]["MAML++"]
+    assert plain["iterations"] > 0
+    assert plus["iterations"] > 0
+    assert len(plus["history"]) == 100
+    assert plus["history"][0]["loss_weights"] == pytest.approx([0.2] * 5)
+    assert plus["history"][-1]["loss_weights"] == [0, 0, 0, 0, 1]
+    assert len({rate for rates in plus["rates"].values() for rate in rates}) > 1
+    assert all(rates == pytest.approx([0.1] * 5) for rates in plain["rates"].values())
+    assert [finding for finding in plus["setup"] if not finding.startswith("on:")] == []
+
+
+def test_interrupted_demo_writes_what_it_has(tmp_path: Path) -> None:
+    demo = start_demo(tmp_path, "--minutes=0.5", "--backend=torchopt")
+    assert demo.stderr is not None
+    assert any("iteration" in line for line in iter(demo.stderr.readline, ""))  # it trains
+    demo.send_signal(signal.SIGINT)
+    table, errors = demo.communicate(timeout=300)
+    assert demo.returncode == 0, errors
+    assert "Interrupted." in table
+    results = check_record(tmp_path)["results"]
+    assert all(result["interrupted"] and result["seconds"] < 30 for result in results.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data=nowhere.npz"], "no data at nowhere.npz"),
+        (["--ways=13"], "13 ways need as many classes, there are 12"),
+        (["--shots=170"], "170 shots and 5 targets need 175 drawings"),
+        (["--minutes=0"], "--minutes must be above 0"),
+        (["--backend=jax"], "invalid choice: 'jax'"),
+    ],
+)
+def test_demo_refuses(flags: list[str], message: str, tmp_path: Path) -> None:
+    demo = start_demo(tmp_path, *flags)
+    _, errors = demo.communicate(timeout=300)
+    assert demo.returncode == 2
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_digits_are_split_by_digit() -> None:
+    data = few_shot.load()
+    assert data.train.shape == (7, 174, 8, 8)
+    assert data.test.shape == (3, 174, 8, 8)
+    assert data.train.max() == 255
+
+
+def omniglot_folder(root: Path) -> Path:
+    """Two alphabets with 1204 characters of two drawings: ink in the top left corner."""
+    for alphabet, count in (("images_background/Greek", 1000), ("images_evaluation/Angelic", 204)):
+        for number in range(count):
+            folder = root / alphabet / f"character{number:04}"
+            folder.mkdir(parents=True)
+            for drawing in range(2):
+                page = Image.new("1", (105, 105), 1)
+                page.paste(0, (0, 0, 50, 50))
+                page.save(folder / f"{drawing}.png")
+    return root
+
+
+def test_folder_of_drawings(tmp_path: Path) -> None:
+    data = few_shot.load(omniglot_folder(tmp_path))
+    assert data.train.shape == (1150, 2, 28, 28)
+    assert (len(data.val), len(data.test)) == (50, 4)
+    assert data.train[0, 0, 0, 0] == 255  # ink is high, paper is 0
+    assert data.train[0, 0, -1, -1] == 0
+
+
+def test_archive(tmp_path: Path) -> None:
+    images = np.arange(1300 * 4, dtype=np.uint32).astype(np.uint8).reshape(1300, 1, 2, 2)
+    np.savez(tmp_path / "some.npz", images=images)
+    data = few_shot.load(tmp_path / "some.npz")
+    parts = torch.cat([data.train, data.val, data.test])
+    assert sorted(parts.flatten(1).tolist()) == sorted(images.reshape(1300, 4).tolist())
+
+
+def test_too_few_characters(tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", images=np.zeros((3, 20, 28, 28), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"\(3, 20, 28, 28\); Omniglot's are \[1623"):
+        few_shot.load(tmp_path / "few.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no Alphabet/characterNN"):
+        few_shot.load(tmp_path / "empty")
+
+
+def test_sampler_goes_on_from_its_state() -> None:
+    sampler, other = (
+        few_shot.TaskSampler(few_shot.load().train, 5, 1, 3, tasks=2, seed=seed) for seed in (0, 1)
+    )
+    sampler.sample()
+    other.load_state_dict(sampler.state_dict())
+    for ours, theirs in zip(sampler.sample(), other.sample(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_sampler_labels_turns_of_one_character() -> None:
+    corner = torch.zeros(1, 4, 2, 2, dtype=torch.uint8)
+    corner[..., 0, 0] = 255  # its four turns differ in where the ink is
+    x_support, y_support, x_target, y_target = few_shot.TaskSampler(corner, 4, 1, 3, 2).sample()
+    assert x_support.shape == (2, 4, 1, 2, 2)
+    assert x_target.shape == (2, 12, 1, 2, 2)
+    for task in range(2):
+        inked = x_support[task].flatten(1).argmax(1)
+        assert sorted(inked.tolist()) == [0, 1, 2, 3]
+        torch.testing.assert_close(x_target[task].flatten(1).argmax(1), inked[y_target[task]])
+        assert y_support[task].tolist() == [0, 1, 2, 3]
+
+
+def test_interval() -> None:
+    mean, interval = few_shot.mean_and_interval(torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    assert mean == 0.5
+    assert interval == pytest.approx(1.96 * math.sqrt(1 / 3) / 2)
