@@ -18,8 +18,8 @@ from learners import Learner, Schedules
 # The papers count 500 iterations as an epoch. Here the time is given and not the iterations, so an
 # epoch is a hundredth of the time: every schedule then ends where it should on any machine.
 EPOCHS = 100
-# MAML's meta rate is the usual one, and its best on the digits too: at a constant 3e-3 it reaches
-# 76.5 % there instead of 82 %. Annealed, MAML++ can start higher.
+# MAML's meta rate is the usual one. With the digits 4, 5 and 6 held out and 64 filters it reached
+# 86.9 % there, and 81.1 % at a constant 3e-3; MAML++, annealed from 3e-3, 88.4 %. One run each.
 PLAIN_META_LR, FINAL_META_LR = 1e-3, 1e-5
 MULTI_STEP_LOSS_EPOCHS = 10
 CURVE_EVERY = 10  # epochs
