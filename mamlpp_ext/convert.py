@@ -104,44 +104,47 @@ def _check_convertible(module: nn.Module) -> None:
                 f"{where} holds adapted weights instead of parameters, so the model is inside an "
                 "inner loop or patched already; convert the original model before the loop"
             )
-        if not isinstance(layer, _BatchNorm):
-            continue
-        if isinstance(layer, LazyModuleMixin):
-            raise ValueError(
-                f"{where} is lazy and has no channels yet; run the model once on a batch of the "
-                "right shape, then convert it"
-            )
-        if isinstance(layer, FrozenBatchNorm):
-            raise ValueError(
-                f"{where} is inside frozen_statistics; convert the model before that context"
-            )
-        if (layer.running_mean is None) == layer.track_running_stats:
-            raise ValueError(
-                f"{where} has track_running_stats={layer.track_running_stats} "
-                f"{'without' if layer.running_mean is None else 'with'} running buffers; make the "
-                "flag and the buffers agree first"
-            )
-        if type(layer) not in _REPLACEMENTS:
-            raise ValueError(
-                f"{where} cannot be expressed per step, only nn.BatchNorm1d, 2d and 3d themselves "
-                "can; replace it with one of these first"
-            )
-        if any(holders[id(p)] > 1 for p in held):
-            raise ValueError(
-                f"{where} shares its weight or bias with another layer, and the rows of two "
-                "layers cannot be tied; give it parameters of its own first"
-            )
-        if any(getattr(layer, hooks) for hooks in _HOOKS):
-            raise ValueError(
-                f"{where} has hooks, which would be lost; remove them and register them on the "
-                "converted layer"
-            )
+        if isinstance(layer, _BatchNorm):
+            _check_layer(layer, where, tied=any(holders[id(p)] > 1 for p in held))
     if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         done = per_step_layers(module)
         found = "only per-step layers: it is converted already" if done else "none"
         raise ValueError(
             f"{type(module).__name__} has no nn.BatchNorm1d, 2d or 3d layer to convert ({found}); "
             "leave this call out: the other parts of MAML++ work without it"
+        )
+
+
+def _check_layer(layer: _BatchNorm, where: str, tied: bool) -> None:
+    if isinstance(layer, LazyModuleMixin):
+        raise ValueError(
+            f"{where} is lazy and has no channels yet; run the model once on a batch of the "
+            "right shape, then convert it"
+        )
+    if isinstance(layer, FrozenBatchNorm):
+        raise ValueError(
+            f"{where} is inside frozen_statistics; convert the model before that context"
+        )
+    if (layer.running_mean is None) == layer.track_running_stats:
+        raise ValueError(
+            f"{where} has track_running_stats={layer.track_running_stats} "
+            f"{'without' if layer.running_mean is None else 'with'} running buffers; make the "
+            "flag and the buffers agree first"
+        )
+    if type(layer) not in _REPLACEMENTS:
+        raise ValueError(
+            f"{where} cannot be expressed per step, only nn.BatchNorm1d, 2d and 3d themselves "
+            "can; replace it with one of these first"
+        )
+    if tied:
+        raise ValueError(
+            f"{where} shares its weight or bias with another layer, and the rows of two "
+            "layers cannot be tied; give it parameters of its own first"
+        )
+    if any(getattr(layer, hooks) for hooks in _HOOKS):
+        raise ValueError(
+            f"{where} has hooks, which would be lost; remove them and register them on the "
+            "converted layer"
         )
 
 

@@ -91,3 +91,14 @@ def _everything_about(module: nn.Module) -> tuple[list[Any], dict[str, Tensor]]:
     ]
     tensors = {**params, **dict(module.named_buffers())}
     return about, {n: t.detach().clone() for n, t in tensors.items() if not is_lazy(t)}
+
+
+def nodes(loss: Tensor) -> int:
+    """Returns the size of the graph that ``loss`` keeps alive."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return len(seen)

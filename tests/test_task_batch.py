@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import nodes
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
@@ -202,17 +203,6 @@ def test_rematerialising_replays_autocast(net: nn.Module, tasks: Any) -> None:
             loss = run(net, lslr, tasks, rematerialize=rematerialize).loss
         found.append(torch.autograd.grad(loss, [net.body.weight, lslr.rates]))
     torch.testing.assert_close(found[1], found[0])
-
-
-def nodes(loss: Tensor) -> int:
-    """Returns the size of the graph that ``loss`` keeps alive."""
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [following for following, _ in node.next_functions]
-    return len(seen)
 
 
 def test_rematerialising_keeps_no_graph_of_the_steps(

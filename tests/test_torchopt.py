@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import nodes
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
@@ -243,16 +244,6 @@ def test_order_may_change_between_steps(
             losses.append(F.cross_entropy(net(task[2]), task[3]))
         sum(losses).backward()
     torch.testing.assert_close(gradients(net, lslr), gradients(twin, table))
-
-
-def nodes(loss: Tensor) -> int:
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [following for following, _ in node.next_functions]
-    return len(seen)
 
 
 def test_first_order_builds_no_second_derivative_graph(
