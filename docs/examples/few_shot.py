@@ -184,3 +184,9 @@ def mean_and_interval(accuracies: Tensor) -> tuple[float, float]:
     """Returns the mean over tasks and the half-width of its 95 % interval."""
     spread = accuracies.std().item() if len(accuracies) > 1 else math.nan
     return accuracies.mean().item(), 1.96 * spread / math.sqrt(len(accuracies))
+
+
+def summary(accuracies: Tensor) -> dict[str, float]:
+    """Returns what a record keeps of accuracies: their mean, its interval and their number."""
+    mean, interval = mean_and_interval(accuracies)
+    return {"accuracy": mean, "interval": interval, "tasks": len(accuracies)}

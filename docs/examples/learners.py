@@ -1,19 +1,27 @@
-"""MAML and MAML++ with each of the three libraries underneath: one meta-iteration of each."""
+"""MAML, MAML++ and anything between, with each of the three libraries underneath."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 
 import mamlpp_ext as mpp
 from few_shot import Batch, task_accuracies
+
+# MAML++ is all of them: multi-step loss, derivative-order annealing, per-step batch norm
+# (statistics, weights and biases), learned inner rates, cosine annealing of the meta rate.
+PARTS = ("MSL", "DA", "BNRS+BNWB", "LSLR", "CA")
+
+# By which the targets are normalised, in the order of Learner.accuracies.
+STATISTICS = ("batch_statistics", "running_statistics")
 
 
 @dataclass(frozen=True)
@@ -24,70 +32,62 @@ class Schedules:
         epochs: in the whole training.
         multi_step_loss: until only the final step's loss counts.
         first_order: until meta-gradients are second-order.
-        plain_meta_lr: plain MAML's, constant.
-        meta_lr: MAML++'s at the start.
-        final_meta_lr: MAML++'s at the end.
+        meta_lr: the meta rate, or where cosine annealing starts.
+        final_meta_lr: where it ends.
     """
 
     epochs: int
     multi_step_loss: int
     first_order: int
-    plain_meta_lr: float
     meta_lr: float
     final_meta_lr: float
 
 
 class Learner:
-    """Plain MAML or full MAML++ around a network.
+    """MAML around a network, with the parts of MAML++ that are asked for.
 
     Args:
         net: a network with ``nn.BatchNorm`` layers.
-        plus: whether to switch the six parts of MAML++ on.
+        parts: some of ``PARTS``; none is plain MAML, all are MAML++.
         backend: ``"higher"``, ``"torchopt"`` or ``"torch_func"``.
         steps: inner steps.
-        inner_lr: the inner rate, for MAML++ the one it starts from.
-        schedules: the lengths of what MAML++ anneals, and the meta rate of both.
+        inner_lr: the inner rate, with LSLR the one it starts from.
+        schedules: the lengths of what is annealed, and the meta rate.
     """
 
     def __init__(
         self,
         net: nn.Module,
-        plus: bool,
+        parts: Collection[str],
         backend: str,
         *,
         steps: int,
         inner_lr: float,
         schedules: Schedules,
     ) -> None:
-        self.plus, self.steps, self.inner_lr = plus, steps, inner_lr
+        self.plain, self.steps, self.inner_lr = not parts, steps, inner_lr
         self.run = BACKENDS[backend]
-        if plus:
-            net = mpp.convert_batchnorm(net, steps)  # BNRS and BNWB
-        elif backend == "torch_func":
-            net = mpp.convert_batchnorm(
-                net, 1, extra_steps="last"
-            )  # a BatchNorm that vmap can take
+        adapt = None
+        if "BNRS+BNWB" in parts:
+            net = mpp.convert_batchnorm(net, steps)
+        elif backend == "torch_func":  # nn.BatchNorm's meaning, in a layer that vmap can take
+            net, adapt = mpp.convert_batchnorm(net, 1, extra_steps="last"), ["*"]
         self.net = net
-        self.lslr = mpp.LSLR(  # LSLR
-            net, steps, inner_lr, learnable=plus, adapt=None if plus else ["*"]
-        )
-        self.msl = (  # MSL
-            mpp.MultiStepLoss(steps, schedules.multi_step_loss) if plus else mpp.FinalStepLoss()
-        )
-        self.da = mpp.DerivativeOrderAnnealing(schedules.first_order if plus else 0)  # DA
+        self.lslr = mpp.LSLR(net, steps, inner_lr, learnable="LSLR" in parts, adapt=adapt)
+        self.msl = mpp.MultiStepLoss(steps, schedules.multi_step_loss if "MSL" in parts else 0)
+        self.da = mpp.DerivativeOrderAnnealing(schedules.first_order if "DA" in parts else 0)
         learned = [p for p in (*net.parameters(), *self.lslr.parameters()) if p.requires_grad]
-        meta_lr = schedules.meta_lr if plus else schedules.plain_meta_lr
-        self.meta_opt = torch.optim.Adam(learned, meta_lr)
-        self.meta_rate = (  # CA
+        self.meta_opt = torch.optim.Adam(learned, schedules.meta_lr)
+        self.meta_rate = (
             CosineAnnealingLR(self.meta_opt, schedules.epochs, schedules.final_meta_lr)
-            if plus
+            if "CA" in parts
             else ConstantLR(self.meta_opt, factor=1.0)
         )
 
     def train_on(self, batch: Batch) -> float:
         """One meta-iteration; returns the meta-loss."""
         self.meta_opt.zero_grad()
-        loss, _ = self.run(self, batch, train=True)
+        loss = self.run(self, batch)
         self.meta_opt.step()
         return loss
 
@@ -97,23 +97,43 @@ class Learner:
         self.da.step()
         self.meta_rate.step()
 
-    def accuracies(self, batches: Iterable[Batch], running: bool) -> Tensor:
-        """Returns the accuracy on each task, which leaves no trace in the network.
+    def accuracies(self, batches: Iterable[Batch]) -> Tensor:
+        """Adapts to tasks and returns the accuracies, which leaves no trace in the network.
+
+        The support images are normalised by their own statistics, as in training. The targets are
+        predicted twice: by the statistics of all targets of the task together (the paper's way, in
+        which they help each other), and each by itself, by the running statistics.
 
         Args:
             batches: tasks.
-            running: whether batch norm uses its running statistics, or the batch's (the paper's
-                way, in which the target images of a task help each other).
+
+        Returns:
+            [2, number of tasks]: with batch statistics, with running statistics.
         """
-        mode = nullcontext() if running else mpp.frozen_statistics(self.net)
-        self.net.train(not running)
-        with mode:
-            found = [
-                task_accuracies(self.run(self, batch, train=False)[1], batch[3])
-                for batch in batches
-            ]
+        found = [
+            torch.stack([task_accuracies(logits, task[3]) for logits in self._predict(*task[:3])])
+            for batch in batches
+            for task in zip(*batch, strict=True)
+        ]
+        return torch.stack(found, dim=1)
+
+    def _predict(self, x_support: Tensor, y_support: Tensor, x_target: Tensor) -> list[Tensor]:
+        params = {name: p.detach().requires_grad_() for name, p in self.net.named_parameters()}
+        with mpp.frozen_statistics(self.net):
+            for step in mpp.inner_steps(self.net, self.steps):
+                logits = functional_call(self.net, params, x_support)
+                wanted = {name: params[name] for name in self.lslr.names}
+                grads = torch.autograd.grad(F.cross_entropy(logits, y_support), [*wanted.values()])
+                grads = dict(zip(wanted, grads, strict=True))
+                params = self.lslr.update(params, grads, step)
+                params = {name: p.detach().requires_grad_() for name, p in params.items()}
+            with torch.no_grad():
+                by_batch = functional_call(self.net, params, x_target)
+        self.net.eval()
+        with torch.no_grad():
+            by_running = functional_call(self.net, params, x_target)
         self.net.train()
-        return torch.cat(found)
+        return [by_batch, by_running]
 
     @property
     def meta_lr(self) -> float:
@@ -122,9 +142,7 @@ class Learner:
 
     def loss_weights(self) -> list[float]:
         """The present weight of each inner step's target loss."""
-        if isinstance(self.msl, mpp.MultiStepLoss):
-            return [float(weight) for weight in self.msl.weights]
-        return [0.0] * (self.steps - 1) + [1.0]
+        return [float(weight) for weight in self.msl.weights]
 
     def counts(self, step: int) -> bool:
         """Says whether the target loss after this inner step enters the meta-loss."""
@@ -145,84 +163,80 @@ class Learner:
             ),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes."""
+        return {name: part.state_dict() for name, part in self._stateful().items()}
 
-def _with_higher(learner: Learner, batch: Batch, train: bool) -> tuple[float, Tensor]:
-    return _task_by_task(learner, batch, train, _higher_loop)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` returned."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state_dict[name])
 
-
-def _with_torchopt(learner: Learner, batch: Batch, train: bool) -> tuple[float, Tensor]:
-    return _task_by_task(learner, batch, train, _torchopt_loop)
-
-
-def _with_torch_func(learner: Learner, batch: Batch, train: bool) -> tuple[float, Tensor]:
-    with torch.set_grad_enabled(train):
-        result = mpp.task_batch_loss(
-            learner.net,
-            learner.lslr,
-            batch,
-            F.cross_entropy,
-            num_steps=learner.steps,
-            aggregate=learner.msl,
-            second_order=learner.da.second_order,
-        )
-    if train:
-        result.loss.backward()
-    return result.loss.item(), result.logits
+    def _stateful(self) -> dict[str, Any]:
+        names = ("net", "lslr", "msl", "da", "meta_opt", "meta_rate")
+        return {name: getattr(self, name) for name in names}
 
 
-def _task_by_task(learner: Learner, batch: Batch, train: bool, loop: Loop) -> tuple[float, Tensor]:
-    tasks = len(batch[0])
-    total, all_logits = 0.0, []
+def _with_higher(learner: Learner, batch: Batch) -> float:
+    return _task_by_task(learner, batch, _higher_loop)
+
+
+def _with_torchopt(learner: Learner, batch: Batch) -> float:
+    return _task_by_task(learner, batch, _torchopt_loop)
+
+
+def _with_torch_func(learner: Learner, batch: Batch) -> float:
+    result = mpp.task_batch_loss(
+        learner.net,
+        learner.lslr,
+        batch,
+        F.cross_entropy,
+        num_steps=learner.steps,
+        aggregate=learner.msl,
+        second_order=learner.da.second_order,
+    )
+    result.loss.backward()
+    return result.loss.item()
+
+
+def _task_by_task(learner: Learner, batch: Batch, loop: Loop) -> float:
+    total = 0.0
     for x_support, y_support, x_target, y_target in zip(*batch, strict=True):
-        with loop(learner, train) as (net, inner_opt):
+        with loop(learner) as (net, inner_opt):
             losses = []
             for step in mpp.inner_steps(net, learner.steps):
                 inner_opt.step(F.cross_entropy(net(x_support), y_support))
-                if not learner.counts(step):
-                    continue  # plain MAML, and multi-step loss once annealed, look once
-                with torch.set_grad_enabled(train):
-                    logits = net(x_target)
-                    losses.append(F.cross_entropy(logits, y_target))
-            loss = (learner.msl(losses) if len(losses) > 1 else losses[0]) / tasks
-            if train:
-                loss.backward()
+                if learner.counts(step):  # without multi-step loss, or once annealed: the last one
+                    losses.append(F.cross_entropy(net(x_target), y_target))
+            loss = (learner.msl(losses) if len(losses) > 1 else losses[0]) / len(batch[0])
+            loss.backward()
         total += loss.item()
-        all_logits.append(logits.detach())
-    return total, torch.stack(all_logits)
+    return total
 
 
 @contextmanager
-def _higher_loop(learner: Learner, train: bool) -> Iterator[tuple[nn.Module, Any]]:
+def _higher_loop(learner: Learner) -> Iterator[tuple[nn.Module, Any]]:
     import higher
 
     from mamlpp_ext.integrations.higher import innerloop_ctx
 
-    if learner.plus:
-        context = innerloop_ctx(
-            learner.net,
-            learner.lslr,
-            second_order=learner.da.second_order,
-            track_higher_grads=train,
-        )
+    if learner.plain:
+        inner_opt = torch.optim.SGD(learner.net.parameters(), learner.inner_lr)
+        context = higher.innerloop_ctx(learner.net, inner_opt, copy_initial_weights=False)
     else:
-        context = higher.innerloop_ctx(
-            learner.net,
-            torch.optim.SGD(learner.net.parameters(), learner.inner_lr),
-            copy_initial_weights=not train,
-            track_higher_grads=train,
-        )
+        context = innerloop_ctx(learner.net, learner.lslr, second_order=learner.da.second_order)
     with context as (net, inner_opt):
         yield net, inner_opt
 
 
 @contextmanager
-def _torchopt_loop(learner: Learner, train: bool) -> Iterator[tuple[nn.Module, Any]]:
+def _torchopt_loop(learner: Learner) -> Iterator[tuple[nn.Module, Any]]:
     import torchopt
 
     from mamlpp_ext.integrations.torchopt import innerloop_ctx
 
-    if learner.plus:
-        second_order = learner.da.second_order and train
+    if not learner.plain:
+        second_order = learner.da.second_order
         with innerloop_ctx(learner.net, learner.lslr, second_order=second_order) as inner_opt:
             yield learner.net, inner_opt
         return
@@ -231,8 +245,8 @@ def _torchopt_loop(learner: Learner, train: bool) -> Iterator[tuple[nn.Module, A
     torchopt.recover_state_dict(learner.net, start)
 
 
-Loop = Callable[[Learner, bool], AbstractContextManager[tuple[nn.Module, Any]]]
-BACKENDS: dict[str, Callable[..., tuple[float, Tensor]]] = {
+Loop = Callable[[Learner], AbstractContextManager[tuple[nn.Module, Any]]]
+BACKENDS: dict[str, Callable[[Learner, Batch], float]] = {
     "higher": _with_higher,
     "torchopt": _with_torchopt,
     "torch_func": _with_torch_func,

@@ -97,6 +97,8 @@ def table(settings: dict[str, Any], results: dict[str, Any]) -> str:
         f"{settings['ways']}-way {settings['shots']}-shot, {settings['steps']} inner steps, "
         f"{settings['filters']} filters, {settings['backend']}; accuracy over {tasks} unseen tasks "
         "with its 95 % interval",
+        "(support images by batch statistics; target images by those of the batch, or the running "
+        "ones)",
         f"{'':8}{'iterations':>11}{'ms/iteration':>14}{'batch statistics':>20}"
         f"{'running statistics':>21}",
     ]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from few_shot import Batch, FewShotData, TaskSampler, conv_net, mean_and_interval
-from learners import Learner, Schedules
+from few_shot import Batch, FewShotData, TaskSampler, conv_net, summary
+from learners import PARTS, STATISTICS, Learner, Schedules
 
 # The papers count 500 iterations as an epoch. Here the time is given and not the iterations, so an
 # epoch is a hundredth of the time: every schedule then ends where it should on any machine.
@@ -69,7 +69,7 @@ class Run:
         torch.manual_seed(settings.seed)
         self.learner = Learner(
             conv_net(1, settings.ways, settings.filters, data.train.shape[-1]),
-            plus,
+            PARTS if plus else (),
             settings.backend,
             steps=settings.steps,
             inner_lr=settings.inner_lr,
@@ -77,8 +77,7 @@ class Run:
                 EPOCHS,
                 MULTI_STEP_LOSS_EPOCHS,
                 settings.first_order,
-                PLAIN_META_LR,
-                settings.meta_lr,
+                settings.meta_lr if plus else PLAIN_META_LR,
                 FINAL_META_LR,
             ),
         )
@@ -121,15 +120,16 @@ class Run:
         return losses
 
     def _measure_curve(self) -> None:
-        found = self.accuracy(self.data.val, self.settings.curve_tasks, seed=1, running=False)
-        self.curve.append({"seconds": self.seconds, "iterations": self.iterations, **found})
+        found = self.accuracy(self.data.val, self.settings.curve_tasks, seed=1)
+        self.curve.append(
+            {"seconds": self.seconds, "iterations": self.iterations, **found["batch_statistics"]}
+        )
 
-    def accuracy(self, images: Tensor, count: int, seed: int, running: bool) -> dict[str, float]:
-        """Returns the accuracy on ``count`` tasks, always the same ones for a seed."""
+    def accuracy(self, images: Tensor, count: int, seed: int) -> dict[str, dict[str, float]]:
+        """Returns both accuracies on ``count`` tasks, always the same ones for a seed."""
         sampler = self._sampler(images, self.settings.eval_targets, seed)
-        found = self.learner.accuracies(self._tasks(sampler, count), running)
-        mean, interval = mean_and_interval(found)
-        return {"accuracy": mean, "interval": interval, "tasks": len(found)}
+        found = self.learner.accuracies(self._tasks(sampler, count))
+        return {name: summary(row) for name, row in zip(STATISTICS, found, strict=True)}
 
     def _tasks(self, sampler: TaskSampler, count: int) -> Iterator[Batch]:
         deadline = math.inf
@@ -146,13 +146,11 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """Evaluates on unseen tasks and returns everything that is known of this run."""
-        test, count = self.data.test, self.settings.eval_tasks
         return {
             "iterations": self.iterations,
             "seconds": self.seconds,
             "ms_per_iteration": 1e3 * self.seconds / max(self.iterations, 1),
-            "batch_statistics": self.accuracy(test, count, seed=2, running=False),
-            "running_statistics": self.accuracy(test, count, seed=2, running=True),
+            **self.accuracy(self.data.test, self.settings.eval_tasks, seed=2),
             "interrupted": self.stop.is_set(),
             "curve": self.curve,
             "history": self.history,
