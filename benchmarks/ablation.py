@@ -1,0 +1,139 @@
+"""The paper's ablation on Omniglot: MAML, each part of MAML++ alone, and all together.
+
+    make ablation DATA=omniglot28.npz          the reduced protocol, which two cores finish
+    python benchmarks/ablation.py --help       every flag
+    python benchmarks/ablation.py --data omniglot28.npz --preset paper-omniglot-20way-1shot
+
+Stopped in any way, the same command goes on where it was. A preset sets what no flag says. Results
+go to --out: table.md, evaluations.jsonl (a record for every evaluation) and three pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, fields
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+
+# The data, the network and the learner are those of the demonstration.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "examples"))
+
+import torch
+
+from ablation_report import write_report
+from ablation_run import ROWS, AblationRun, Protocol
+from demo import cores
+from few_shot import load
+from learners import BACKENDS
+
+PRESETS = {
+    "reduced": Protocol(),
+    # The schedule of the paper; targets and tasks are those of the authors' configuration.
+    "paper-omniglot-20way-1shot": Protocol(
+        filters=64,
+        targets=1,
+        tasks=8,
+        iterations=500,
+        meta_lr=1e-3,
+        first_order=50,
+        eval_targets=1,
+        val_tasks=600,
+        val_every=1,
+    ),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser: a flag for every field of :class:`Protocol`, and some for the run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", required=True, help="omniglot28.npz, or a folder of Omniglot's PNGs")
+    add("--preset", choices=PRESETS, default="reduced", help="default: %(default)s")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    add("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
+    add("--out", type=Path, default=Path("ablation"), help="folder (default: %(default)s)")
+    add("--jobs", type=int, default=cores(), help="runs at once, a thread each (%(default)s)")
+    add("--device", default="cpu", help="where to train (%(default)s)")
+    add("--checkpoint-minutes", type=float, default=2.0, help="between checkpoints (%(default)s)")
+    for field in fields(Protocol):
+        kind = {"str": str, "int": int}.get(str(field.type), float)
+        choices = list(BACKENDS) if field.name == "backend" else None
+        add(
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            choices=choices,
+            help=f"{field.metadata['help']} (reduced: {field.default})",
+        )
+    return parser
+
+
+def read_protocol(flags: argparse.Namespace) -> Protocol:
+    """Returns the preset with the flags that were given.
+
+    Raises:
+        ValueError: if a number is not above 0.
+    """
+    chosen = asdict(PRESETS[flags.preset])
+    given = {name: getattr(flags, name) for name in chosen}
+    chosen.update({name: value for name, value in given.items() if value is not None})
+    for name, value in chosen.items():
+        least = 0 if name in ("multi_step_loss", "first_order") else 1e-12
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    return Protocol(**chosen)
+
+
+def end_with_parent() -> None:
+    """Ends this process as soon as the one that started it has ended, killed or not.
+
+    An executor's idle workers would otherwise wait for ever, and a busy one would go on writing to
+    the folder in which a restart writes.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def train(row: str, seed: int, flags: argparse.Namespace, protocol: Protocol) -> str:
+    """One row with one seed, in a process of its own."""
+    torch.set_num_threads(1)
+    folder = flags.out / "runs" / f"{row.replace('+', 'p')}-seed{seed}"
+    run = AblationRun(row, seed, protocol, load(flags.data), folder, flags.device)
+    run.run(60 * flags.checkpoint_minutes)
+    return f"{row}, seed {seed}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what is missing and writes the report; returns the exit status."""
+    parser = make_parser()
+    flags = parser.parse_args(arguments)
+    try:
+        protocol = read_protocol(flags)
+        load(flags.data)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    jobs = [(row, seed) for seed in flags.seeds for row in flags.rows]
+    work = partial(train, flags=flags, protocol=protocol)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(flags.jobs, spawn, end_with_parent) as pool:
+        for done in as_completed([pool.submit(work, *job) for job in jobs]):
+            print(f"finished: {done.result()}", file=sys.stderr, flush=True)
+    print(write_report(flags.out, sys.argv[1:] if arguments is None else arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,161 @@
+"""What the ablation shows: a Markdown table, all records in one file, and pictures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from learners import STATISTICS
+
+Record = dict[str, Any]
+# The paper's table 1, Omniglot 20-way 1-shot, in per cent.
+PAPER = {
+    "MAML": "91.27",
+    "+MSL": "91.53",
+    "+DA": "92.3",
+    "+BNRS+BNWB": "95.35",
+    "+LSLR": "95.77",
+    "+CA": "93.03",
+    "MAML++": "97.65",
+}
+
+
+def write_report(folder: Path, arguments: list[str]) -> str:
+    """Writes everything there is to ``folder`` from the records below it; returns the table."""
+    records = [
+        json.loads(line)
+        for file in sorted(folder.glob("runs/*/records.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
+    rows = [row for row in PAPER if any(record["row"] == row for record in records)]
+    records.sort(key=lambda record: (rows.index(record["row"]), record["seed"]))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "evaluations.jsonl").write_text(lines)
+    text = table(records, rows, arguments)
+    (folder / "table.md").write_text(text)
+    draw_curves(records, rows, folder / "curves.png")
+    last = [r for r in records if r["kind"] == "test" and r["row"] == rows[-1]][-1:]
+    for name, draw in (("rates.png", draw_rates), ("norm_weights.png", draw_norm_weights)):
+        if last:
+            draw(last[0], folder / name)
+    return text
+
+
+def table(records: list[Record], rows: list[str], arguments: list[str]) -> str:
+    """Returns the means over seeds, then each run with the line of its record."""
+    tests = [(number, r) for number, r in enumerate(records, 1) if r["kind"] == "test"]
+    if not tests:
+        return "No run has ended yet.\n"
+    settings, version = tests[0][1]["settings"], tests[0][1]["versions"]
+    seeds = sorted({r["seed"] for _, r in tests})
+    lines = [
+        f"Omniglot, {settings['ways']}-way {settings['shots']}-shot, {settings['filters']} "
+        f"filters, {settings['steps']} inner steps, {settings['tasks']} tasks an iteration, "
+        f"{settings['epochs']} epochs of {settings['iterations']} iterations; seeds "
+        f"{', '.join(map(str, seeds))}; {settings['test_tasks']} test tasks; backend "
+        f"{settings['backend']}.",
+        "",
+        "Accuracy in per cent: mean over seeds ± 95 % interval over the tasks of a run (range over "
+        "seeds). Batch: targets normalised together, as in the paper; running: one by one.",
+        "",
+        "| row | batch statistics | running statistics | ms/iteration | paper (other settings) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        runs = [r for _, r in tests if r["row"] == row]
+        if runs:
+            cells = [_over_seeds([r[name] for r in runs]) for name in STATISTICS]
+            speed = statistics.mean(1e3 * r["seconds"] / r["iterations"] for r in runs)
+            lines.append(f"| {row} | {' | '.join(cells)} | {speed:.0f} | {PAPER[row]} |")
+    lines += [
+        "",
+        f"Command: `python benchmarks/ablation.py {shlex.join(arguments)}`. "
+        f"Machine: {tests[0][1]['machine']}. Versions: "
+        + ", ".join(f"{name} {number}" for name, number in version.items() if number)
+        + ".",
+        "",
+        "| row | seed | batch statistics | running statistics | picked at epoch | record |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, r in tests:
+        cells = [_over_seeds([r[name]]) for name in STATISTICS]
+        lines.append(
+            f"| {r['row']} | {r['seed']} | {' | '.join(cells)} | {r['picked_epoch']} | "
+            f"evaluations.jsonl, line {number} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _over_seeds(found: list[dict[str, float]]) -> str:
+    values = [100 * f["accuracy"] for f in found]
+    interval = 100 * statistics.mean(f["interval"] for f in found)
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f} ± {interval:.1f}{spread}"
+
+
+def draw_curves(records: list[Record], rows: list[str], path: Path) -> None:
+    """Validation accuracy over iterations, a line for each row, a band over its seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained", sharey=True)
+    for plot, name in zip(axes, STATISTICS, strict=True):
+        for row, colour in zip(rows, plt.get_cmap("tab10").colors, strict=False):
+            points: dict[int, list[float]] = {}
+            for r in records:
+                if r["row"] == row and r["kind"] == "validation":
+                    points.setdefault(r["iterations"], []).append(100 * r[name]["accuracy"])
+            x = sorted(points)
+            plot.plot(x, [statistics.mean(points[i]) for i in x], label=row, color=colour)
+            low, high = ([pick(points[i]) for i in x] for pick in (min, max))
+            plot.fill_between(x, low, high, alpha=0.15, color=colour)
+        plot.set(xlabel="meta-iteration", title=name.replace("_", " "))
+        plot.grid(alpha=0.3)
+    axes[0].set_ylabel("validation accuracy (%)")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_rates(record: Record, path: Path) -> None:
+    """The learned inner rates by parameter and step."""
+    if record["rates"] is None:
+        return
+    names, values = list(record["rates"]), np.array(list(record["rates"].values()))
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    start = record["settings"]["inner_lr"]
+    reach = max(float(np.abs(values - start).max()), 1e-6)
+    image = axes.imshow(values, cmap="RdBu_r", vmin=start - reach, vmax=start + reach)
+    for (line, step), value in np.ndenumerate(values):
+        axes.text(step, line, f"{value:.2f}", ha="center", va="center", fontsize=7)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="inner step", title=f"{record['row']}: inner rates (white: {start:g})")
+    axes.set_aspect("auto")
+    figure.colorbar(image, ax=axes)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_norm_weights(record: Record, path: Path) -> None:
+    """The per-step weights of every norm layer: a row of the picture for a step."""
+    layers = record["norm_weights"]
+    if not layers:
+        return
+    figure, plots = plt.subplots(
+        len(layers), 1, figsize=(10, 1.6 * len(layers)), layout="constrained", squeeze=False
+    )
+    reach = max(float(np.abs(np.array(v) - 1).max()) for v in layers.values())
+    for plot, (name, weights) in zip(plots[:, 0], layers.items(), strict=True):
+        image = plot.imshow(weights, aspect="auto", cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach)
+        plot.set(ylabel="inner step", title=f"{name}.weight (white: 1)")
+    plots[-1, 0].set_xlabel("channel")
+    figure.colorbar(image, ax=plots[:, 0])
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,258 @@
+"""One row of the ablation with one seed: training that survives being killed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from few_shot import Batch, FewShotData, TaskSampler, conv_net, summary
+from learners import PARTS, STATISTICS, Learner, Schedules
+from mamlpp_ext import PerStepBatchNorm2d
+from report import versions
+
+ROWS: dict[str, tuple[str, ...]] = {
+    "MAML": (),
+    **{f"+{part}": (part,) for part in PARTS},
+    "MAML++": PARTS,
+}
+VAL_SEED, TEST_SEED = 1, 2  # every row and seed is measured on the same tasks
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is alike in every row."""
+
+    backend: str = _setting("torchopt", "library underneath")
+    ways: int = _setting(20, "classes in a task")
+    shots: int = _setting(1, "support images of a class")
+    targets: int = _setting(5, "target images of a class")
+    steps: int = _setting(5, "inner steps")
+    filters: int = _setting(32, "channels of each convolution")
+    tasks: int = _setting(2, "tasks in a meta-batch")
+    inner_lr: float = _setting(0.1, "inner rate to start from")
+    meta_lr: float = _setting(1e-3, "meta rate to start from")
+    final_meta_lr: float = _setting(1e-5, "meta rate at the end of cosine annealing")
+    epochs: int = _setting(100, "epochs, the unit of the schedules")
+    iterations: int = _setting(6, "meta-iterations of an epoch")
+    minutes: float | None = _setting(None, "training time in place of the iterations")
+    multi_step_loss: int = _setting(10, "epochs of multi-step loss, where it is on")
+    first_order: int = _setting(10, "first-order epochs, where derivative order is annealed")
+    val_every: int = _setting(10, "epochs between validations")
+    val_tasks: int = _setting(40, "tasks of a validation")
+    test_tasks: int = _setting(600, "tasks of the test")
+    eval_targets: int = _setting(5, "target images of a class in validation and test")
+
+
+class AblationRun:
+    """Trains one row, validates, and tests the model that validated best.
+
+    Args:
+        row: a key of ``ROWS``.
+        seed: of the weights and the training tasks.
+        protocol: everything else.
+        data: where the tasks come from.
+        folder: for ``checkpoint.pt`` and ``records.jsonl``; made if missing.
+        device: where to train.
+
+    Raises:
+        ValueError: if ``folder`` has a checkpoint of another protocol.
+    """
+
+    def __init__(
+        self,
+        row: str,
+        seed: int,
+        protocol: Protocol,
+        data: FewShotData,
+        folder: Path,
+        device: str = "cpu",
+    ) -> None:
+        self.row, self.seed, self.protocol, self.data = row, seed, protocol, data
+        self.folder, self.device = folder, device
+        p = protocol
+        torch.manual_seed(seed)
+        self.learner = Learner(
+            conv_net(1, p.ways, p.filters, data.train.shape[-1]).to(device),
+            ROWS[row],
+            p.backend,
+            steps=p.steps,
+            inner_lr=p.inner_lr,
+            schedules=Schedules(
+                p.epochs, p.multi_step_loss, p.first_order, p.meta_lr, p.final_meta_lr
+            ),
+        )
+        self.sampler = TaskSampler(data.train, p.ways, p.shots, p.targets, p.tasks, seed)
+        self.position = {"epoch": 0, "iteration": 0, "total": 0, "seconds": 0.0, "loss": 0.0}
+        self.best: dict[str, Any] = {"accuracy": -1.0}
+        self.records: list[dict[str, Any]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = folder / "checkpoint.pt"
+        if self.checkpoint.exists():
+            self._load()
+
+    def run(self, checkpoint_seconds: float) -> None:
+        """Goes on to the end, with a checkpoint after so many seconds and each validation."""
+        saved = time.monotonic()
+        at = self.position
+        while at["epoch"] < self.protocol.epochs:
+            if not self._epoch_is_over():
+                self._iterate()
+                if time.monotonic() - saved < checkpoint_seconds:
+                    continue
+            else:
+                self._end_epoch()
+                if at["epoch"] % self.protocol.val_every and at["epoch"] != self.protocol.epochs:
+                    continue
+                self._validate()
+            self._save()
+            saved = time.monotonic()
+        if not self.records or self.records[-1]["kind"] != "test":
+            self._test()
+            self._save()
+
+    def _epoch_is_over(self) -> bool:
+        at, p = self.position, self.protocol
+        if p.minutes is None:
+            return at["iteration"] >= p.iterations
+        return at["seconds"] >= 60 * p.minutes * (at["epoch"] + 1) / p.epochs
+
+    def _iterate(self) -> None:
+        began = time.perf_counter()
+        at = self.position
+        at["loss"] += self.learner.train_on(self._to_device(self.sampler.sample()))
+        at["seconds"] += time.perf_counter() - began
+        at["iteration"] += 1
+        at["total"] += 1
+
+    def _end_epoch(self) -> None:
+        at = self.position
+        at["mean_loss"] = at["loss"] / max(at["iteration"], 1)
+        at.update(epoch=at["epoch"] + 1, iteration=0, loss=0.0)
+        if at["epoch"] < self.protocol.epochs:
+            self.learner.end_epoch()
+
+    def _validate(self) -> None:
+        found = self._accuracy(self.data.val, self.protocol.val_tasks, VAL_SEED)
+        self._record("validation", **found)
+        accuracy = found["batch_statistics"]["accuracy"]
+        if accuracy > self.best["accuracy"]:
+            state = copy.deepcopy(self.learner.state_dict())
+            self.best = {
+                "accuracy": accuracy,
+                "epoch": self.position["epoch"],
+                "net": state["net"],
+                "lslr": state["lslr"],
+            }
+        print(
+            f"{self.row:10} seed {self.seed}: epoch {self.position['epoch']:3}, iteration "
+            f"{self.position['total']}, loss {self.position['mean_loss']:.3f}, validation "
+            f"{100 * accuracy:.1f} %",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _test(self) -> None:
+        net, lslr = self.learner.net, self.learner.lslr
+        net.load_state_dict(self.best["net"])
+        lslr.load_state_dict(self.best["lslr"])
+        rates = lslr.rates.tolist() if lslr.rates.requires_grad else None
+        self._record(
+            "test",
+            picked_epoch=self.best["epoch"],
+            **self._accuracy(self.data.test, self.protocol.test_tasks, TEST_SEED),
+            rates=rates and dict(zip(lslr.names, rates, strict=True)),
+            norm_weights={
+                name: layer.weight.tolist()
+                for name, layer in net.named_modules()
+                if isinstance(layer, PerStepBatchNorm2d) and layer.num_steps > 1
+            },
+        )
+
+    def _accuracy(self, images: torch.Tensor, count: int, seed: int) -> dict[str, Any]:
+        p = self.protocol
+        sampler = TaskSampler(images, p.ways, p.shots, p.eval_targets, 1, seed)
+        batches = (self._to_device(sampler.sample()) for _ in range(count))
+        found = self.learner.accuracies(batches).cpu()
+        return {name: summary(row) for name, row in zip(STATISTICS, found, strict=True)}
+
+    def _to_device(self, batch: Batch) -> Batch:
+        x_support, y_support, x_target, y_target = (part.to(self.device) for part in batch)
+        return x_support, y_support, x_target, y_target
+
+    def _record(self, kind: str, **found: Any) -> None:
+        at = self.position
+        self.records.append(
+            {
+                "row": self.row,
+                "seed": self.seed,
+                "kind": kind,
+                "epoch": at["epoch"],
+                "iterations": at["total"],
+                "loss": at["mean_loss"],
+                "meta_lr": self.learner.meta_lr,
+                **found,
+                "seconds": at["seconds"],
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.device}",
+                "versions": versions(),
+                "settings": asdict(self.protocol),
+            }
+        )
+
+    def _save(self) -> None:
+        """Writes aside and renames, so that a kill at any moment leaves a whole file."""
+        state = {
+            "who": self._who(),
+            "learner": self.learner.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "torch_random": torch.get_rng_state(),
+            "position": self.position,
+            "best": self.best,
+            "records": self.records,
+        }
+        _replace(self.checkpoint, lambda path: torch.save(state, path))
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        _replace(self.folder / "records.jsonl", lambda path: path.write_text(lines))
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        theirs, ours = state["who"], self._who()
+        if theirs != ours:
+            differ = {
+                key: (theirs.get(key), ours[key]) for key in ours if theirs.get(key) != ours[key]
+            }
+            raise ValueError(
+                f"{self.checkpoint} was made with other settings (there, here): {differ}; take the "
+                "same ones to go on, or another --out to begin anew"
+            )
+        self.learner.load_state_dict(state["learner"])
+        self.sampler.load_state_dict(
+            {"generator": state["sampler"]["generator"].cpu()}  # map_location moves it too
+        )
+        torch.set_rng_state(state["torch_random"].cpu())
+        self.position, self.best = state["position"], state["best"]
+        self.records = state["records"]
+
+    def _who(self) -> dict[str, Any]:
+        return {"row": self.row, "seed": self.seed, **asdict(self.protocol)}
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    write(aside)
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)

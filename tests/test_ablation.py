@@ -1,0 +1,133 @@
+"""The ablation: every row trains, and a run killed at any moment ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import few_shot
+
+ROOT = Path(few_shot.__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "ablation.py"
+TINY = {
+    "ways": 3,
+    "targets": 1,
+    "steps": 2,
+    "filters": 4,
+    "epochs": 6,
+    "iterations": 2,
+    "val-every": 2,
+    "multi-step-loss": 2,
+    "first-order": 2,
+    "val-tasks": 3,
+    "test-tasks": 4,
+    "eval-targets": 2,
+    "jobs": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random characters, small enough for a run of seconds."""
+    path = tmp_path_factory.mktemp("data") / "characters.npz"
+    images = np.random.default_rng(0).integers(0, 256, (1210, 4, 8, 8), dtype=np.uint8)
+    np.savez(path, images=images)
+    return path
+
+
+def start(archive: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
+    tiny = [f"--{name}={value}" for name, value in TINY.items()]
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, f"--data={archive}", *tiny, f"--out={out}", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(run: subprocess.Popen[str]) -> tuple[int, str, str]:
+    table, errors = run.communicate(timeout=60)
+    return run.returncode, table, errors
+
+
+def numbers(out: Path) -> list[dict[str, Any]]:
+    """Every record without what a clock measured."""
+    records = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def test_every_row_and_the_report(archive: Path, tmp_path: Path) -> None:
+    code, table, errors = finish(start(archive, tmp_path, "--seeds=0"))
+    assert code == 0, errors
+    rows = ["MAML", "+MSL", "+DA", "+BNRS+BNWB", "+LSLR", "+CA", "MAML++"]
+    records = numbers(tmp_path)
+    assert [r["row"] for r in records if r["kind"] == "test"] == rows
+    assert len(records) == len(rows) * (3 + 1)
+    assert all(f"| {row} | 0 |" in table for row in rows)
+    by_row = {r["row"]: r for r in records if r["kind"] == "test"}
+    assert by_row["MAML"]["rates"] is None
+    assert by_row["MAML"]["norm_weights"] == {}
+    assert len(by_row["+BNRS+BNWB"]["norm_weights"]["norm1"]) == 2
+    assert by_row["MAML"]["meta_lr"] == 1e-3
+    assert by_row["+CA"]["meta_lr"] < 1e-3
+    line = int(table.rsplit("line ", 1)[1].split(" ")[0])
+    assert records[line - 1] == by_row["MAML++"]
+    for name in ("curves.png", "rates.png", "norm_weights.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_killed_three_times_it_ends_with_the_same_numbers(archive: Path, tmp_path: Path) -> None:
+    flags = ("--seeds=0", "--rows", "MAML++", "--checkpoint-minutes=0", "--epochs=30")
+    assert finish(start(archive, tmp_path / "undisturbed", *flags))[0] == 0
+    moments = random.Random(0)
+    checkpoint = tmp_path / "killed" / "runs" / "MAMLpp-seed0" / "checkpoint.pt"
+    totals = []
+    for _ in range(3):
+        run = start(archive, tmp_path / "killed", *flags)
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+            assert run.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.3))
+        run.kill()
+        finish(run)  # the processes it started have ended too
+        totals.append(torch.load(checkpoint, weights_only=True)["position"]["total"])
+    assert 0 < totals[0] < totals[1] < totals[2] < 60
+    assert finish(start(archive, tmp_path / "killed", *flags))[0] == 0
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "undisturbed")
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_another_protocol_is_refused(archive: Path, tmp_path: Path) -> None:
+    flags = ("--seeds=0", "--rows", "MAML")
+    assert finish(start(archive, tmp_path, *flags))[0] == 0
+    code, _, errors = finish(start(archive, tmp_path, *flags, "--filters=5"))
+    assert code == 1
+    assert "made with other settings (there, here): {'filters': (4, 5)}" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--filters=0"], "--filters must be above 0, got 0"),
+        (["--data=nowhere.npz"], "no data at nowhere.npz"),
+        (["--preset=huge"], "invalid choice: 'huge'"),
+    ],
+)
+def test_bad_flags_are_refused(
+    archive: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    code, _, errors = finish(start(archive, tmp_path, *flags))
+    assert code == 2
+    assert message in errors
