@@ -1,5 +1,6 @@
 # make demo   MAML against MAML++ on few-shot handwriting; make help lists what it takes
 # make test   everything that has to pass
+# make ablation DATA=...   the paper's ablation, resumable
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +12,7 @@ DEMO_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) $(call flag,MIN
 	$(call flag,WAYS,ways) $(call flag,SHOTS,shots) $(call flag,STEPS,steps) \
 	$(call flag,FILTERS,filters) $(call flag,SEED,seed) $(call flag,OUT,out)
 
-.PHONY: help demo test clean
+.PHONY: help demo test ablation clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,11 +22,16 @@ help:
 	@echo '            MINUTES= WAYS= SHOTS= STEPS= FILTERS= SEED= OUT='
 	@echo '            ARGS="..."        further flags of docs/examples/demo.py (ARGS=--help)'
 	@echo 'make test   ruff, mypy, tests and doctests; ARGS="..." goes to pytest'
+	@echo 'make ablation DATA=path   MAML, each part of MAML++ alone, all together; resumable, results in'
+	@echo '            ablation/; ARGS="..." goes to benchmarks/ablation.py (ARGS=--help)'
 	@echo 'make clean  removes the environment and what was built'
-	@echo 'Both make their own environment in $(VENV), with the versions of constraints.txt.'
+	@echo 'Each makes its own environment in $(VENV), with the versions of constraints.txt.'
 
 demo: $(VENV)/.demo
 	$(BIN)/python docs/examples/demo.py $(DEMO_FLAGS) $(ARGS)
+
+ablation: $(VENV)/.demo
+	$(BIN)/python benchmarks/ablation.py $(call flag,DATA,data) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

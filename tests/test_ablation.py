@@ -79,7 +79,7 @@ def test_every_row_and_the_report(archive: Path, tmp_path: Path) -> None:
     assert by_row["MAML"]["rates"] is None
     assert by_row["MAML"]["norm_weights"] == {}
     assert len(by_row["+BNRS+BNWB"]["norm_weights"]["norm1"]) == 2
-    assert by_row["MAML"]["meta_lr"] == 1e-3
+    assert by_row["MAML"]["meta_lr"] == 3e-3
     assert by_row["+CA"]["meta_lr"] < 1e-3
     line = int(table.rsplit("line ", 1)[1].split(" ")[0])
     assert records[line - 1] == by_row["MAML++"]

@@ -28,22 +28,29 @@ from report import Bars, write_report
 from training import Run, Settings
 
 NAMES = ("MAML", "MAML++")
+# Where the data decides. Omniglot's meta rate, first-order share and tasks were chosen on its
+# validation characters (MAML++ reached 83.8 % from 1e-3 and 87.2 % from 3e-3); the digits' ones on
+# the held-out digits 4 to 6.
 DEFAULTS = {
     "digits": {
         "ways": 5,
         "filters": 64,
+        "tasks": 4,
         "minutes": 2.0,
         "curve_tasks": 100,
+        "eval_tasks": 1000,
         "first_order": 5,
         "meta_lr": 3e-3,
     },
     "omniglot": {
         "ways": 20,
         "filters": 32,
+        "tasks": 2,
         "minutes": 10.0,
         "curve_tasks": 40,
-        "first_order": 30,
-        "meta_lr": 1e-3,
+        "eval_tasks": 500,
+        "first_order": 50,
+        "meta_lr": 3e-3,
     },
 }
 Message = tuple[str, str, Any]
@@ -63,14 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=5, help="inner steps (%(default)s)")
     add("--filters", type=int, help="channels of each convolution (digits 64, Omniglot 32)")
     add(
-        "--first-order", type=int, help="%% of MAML++'s time in first order (digits 5, Omniglot 30)"
+        "--first-order", type=int, help="%% of MAML++'s time in first order (digits 5, Omniglot 50)"
     )
-    add("--meta-lr", type=float, help="MAML++'s first meta rate (digits 3e-3, Omniglot 1e-3)")
-    add("--tasks", type=int, default=4, help="tasks in a meta-batch (%(default)s)")
-    add("--minutes", type=float, help="training time of each learner (digits 2.2, Omniglot 10)")
+    add("--meta-lr", type=float, help="MAML++'s first meta rate (3e-3)")
+    add("--tasks", type=int, help="tasks in a meta-batch (digits 4, Omniglot 2)")
+    add("--minutes", type=float, help="training time of each learner (digits 2, Omniglot 10)")
     add("--seed", type=int, default=0, help="of weights and tasks (%(default)s)")
     add("--inner-lr", type=float, default=0.1, help="inner rate to start from (%(default)s)")
-    add("--eval-tasks", type=int, default=1000, help="unseen tasks at the end (%(default)s)")
+    add("--eval-tasks", type=int, help="unseen tasks at the end (digits 1000, Omniglot 500)")
     add("--eval-targets", type=int, default=15, help="target images of a class in those")
     add("--curve-tasks", type=int, help="tasks for a point of the curve (digits 100, Omniglot 40)")
     add("--threads", type=int, default=max(1, cores() // 2), help="of each learner (%(default)s)")

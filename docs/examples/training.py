@@ -18,8 +18,9 @@ from learners import PARTS, STATISTICS, Learner, Schedules
 # The papers count 500 iterations as an epoch. Here the time is given and not the iterations, so an
 # epoch is a hundredth of the time: every schedule then ends where it should on any machine.
 EPOCHS = 100
-# MAML's meta rate is the usual one. With the digits 4, 5 and 6 held out and 64 filters it reached
-# 86.9 % there, and 81.1 % at a constant 3e-3; MAML++, annealed from 3e-3, 88.4 %. One run each.
+# MAML's meta rate is the usual one, and was the better one in validation too, one run each.
+# Held-out digits 4 to 6: 86.9 %, and 81.1 % at 3e-3 (MAML++ from 3e-3: 88.4 %). Omniglot's
+# validation characters after 600 iterations of 4 tasks: 85.4 %, and 78.1 % at 3e-3.
 PLAIN_META_LR, FINAL_META_LR = 1e-3, 1e-5
 MULTI_STEP_LOSS_EPOCHS = 10
 CURVE_EVERY = 10  # epochs
