@@ -26,27 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "examples"
 
 import torch
 
+from ablation_protocol import PRESETS, ROWS, Protocol
 from ablation_report import write_report
-from ablation_run import ROWS, AblationRun, Protocol
+from ablation_run import AblationRun
 from demo import cores
 from few_shot import load
 from learners import BACKENDS
-
-PRESETS = {
-    # The meta rate is MAML++'s, chosen on the validation characters; plain MAML prefers 1e-3.
-    "reduced": Protocol(),
-    # The schedule of the paper; targets and tasks are those of the authors' configuration.
-    "paper-omniglot-20way-1shot": Protocol(
-        filters=64,
-        targets=1,
-        tasks=8,
-        iterations=500,
-        meta_lr=1e-3,
-        eval_targets=1,
-        val_tasks=600,
-        val_every=1,
-    ),
-}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -110,7 +95,8 @@ def end_with_parent() -> None:
 def train(row: str, seed: int, flags: argparse.Namespace, protocol: Protocol) -> str:
     """One row with one seed, in a process of its own."""
     torch.set_num_threads(1)
-    folder = flags.out / "runs" / f"{row.replace('+', 'p')}-seed{seed}"
+    name = row.replace("++", "plusplus").replace("+", "-").strip("-")
+    folder = flags.out / "runs" / f"{name}-seed{seed}"
     run = AblationRun(row, seed, protocol, load(flags.data), folder, flags.device)
     run.run(60 * flags.checkpoint_minutes)
     return f"{row}, seed {seed}"

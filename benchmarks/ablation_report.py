@@ -68,15 +68,14 @@ def table(records: list[Record], rows: list[str], arguments: list[str]) -> str:
         "Accuracy in per cent: mean over seeds ± 95 % interval over the tasks of a run (range over "
         "seeds). Batch: targets normalised together, as in the paper; running: one by one.",
         "",
-        "| row | batch statistics | running statistics | ms/iteration | paper (other settings) |",
-        "|---|---|---|---|---|",
+        "| row | batch statistics | running statistics | paper (other settings) |",
+        "|---|---|---|---|",
     ]
     for row in rows:
         runs = [r for _, r in tests if r["row"] == row]
         if runs:
             cells = [_over_seeds([r[name] for r in runs]) for name in STATISTICS]
-            speed = statistics.mean(1e3 * r["seconds"] / r["iterations"] for r in runs)
-            lines.append(f"| {row} | {' | '.join(cells)} | {speed:.0f} | {PAPER[row]} |")
+            lines.append(f"| {row} | {' | '.join(cells)} | {PAPER[row]} |")
     lines += [
         "",
         f"Command: `python benchmarks/ablation.py {shlex.join(arguments)}`. "

@@ -9,52 +9,24 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ablation_protocol import ROWS, Protocol
 from few_shot import Batch, FewShotData, TaskSampler, conv_net, summary
-from learners import PARTS, STATISTICS, Learner, Schedules
+from learners import STATISTICS, Learner, Schedules
 from mamlpp_ext import PerStepBatchNorm2d
 from report import versions
 
-ROWS: dict[str, tuple[str, ...]] = {
-    "MAML": (),
-    **{f"+{part}": (part,) for part in PARTS},
-    "MAML++": PARTS,
-}
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # then the records are all there is
+    SummaryWriter = None
+
 VAL_SEED, TEST_SEED = 1, 2  # every row and seed is measured on the same tasks
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What is alike in every row."""
-
-    backend: str = _setting("torchopt", "library underneath")
-    ways: int = _setting(20, "classes in a task")
-    shots: int = _setting(1, "support images of a class")
-    targets: int = _setting(5, "target images of a class")
-    steps: int = _setting(5, "inner steps")
-    filters: int = _setting(32, "channels of each convolution")
-    tasks: int = _setting(2, "tasks in a meta-batch")
-    inner_lr: float = _setting(0.1, "inner rate to start from")
-    meta_lr: float = _setting(3e-3, "meta rate to start from")
-    final_meta_lr: float = _setting(1e-5, "meta rate at the end of cosine annealing")
-    epochs: int = _setting(100, "epochs, the unit of the schedules")
-    iterations: int = _setting(5, "meta-iterations of an epoch")
-    minutes: float | None = _setting(None, "training time in place of the iterations")
-    multi_step_loss: int = _setting(10, "epochs of multi-step loss, where it is on")
-    first_order: int = _setting(50, "first-order epochs, where derivative order is annealed")
-    val_every: int = _setting(20, "epochs between validations")
-    val_tasks: int = _setting(30, "tasks of a validation")
-    test_tasks: int = _setting(600, "tasks of the test")
-    eval_targets: int = _setting(5, "target images of a class in validation and test")
 
 
 class AblationRun:
@@ -100,6 +72,7 @@ class AblationRun:
         self.best: dict[str, Any] = {"accuracy": -1.0}
         self.records: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
+        self.writer = SummaryWriter(folder / "tensorboard") if SummaryWriter else None
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.exists():
             self._load()
@@ -195,6 +168,12 @@ class AblationRun:
 
     def _record(self, kind: str, **found: Any) -> None:
         at = self.position
+        if self.writer:  # made twice after a kill, a point is the same
+            for name in STATISTICS:
+                accuracy = found[name]["accuracy"]
+                self.writer.add_scalar(f"{kind}/{name}", accuracy, at["total"])
+            self.writer.add_scalar("loss", at["mean_loss"], at["total"])
+            self.writer.flush()
         self.records.append(
             {
                 "row": self.row,

@@ -107,7 +107,8 @@ class LSLR(nn.Module):
 
         Raises:
             KeyError: if an adapted parameter is missing from ``params`` or ``grads``.
-            ValueError: if ``step`` is out of range.
+            ValueError: if ``step`` is out of range, or a gradient has another shape than its
+                parameter.
 
         Example:
             >>> net = torch.nn.Linear(2, 1)
@@ -122,6 +123,7 @@ class LSLR(nn.Module):
         for name, rate in self.rates_at(step).items():
             grad = grads[name]
             if grad is not None:
+                _check_shape(name, params[name], grad)
                 updated[name] = params[name] - rate * grad
         return updated
 
@@ -224,4 +226,12 @@ class LSLR(nn.Module):
         return (
             f"{len(self.names)} tensors, num_steps={self.num_steps}, "
             f"learnable={self.rates.requires_grad}, extra_steps={self.extra_steps!r}"
+        )
+
+
+def _check_shape(name: str, param: Tensor, grad: Tensor) -> None:
+    if grad.shape != param.shape:  # broadcasting would silently make the parameter another one
+        raise ValueError(
+            f"the gradient of '{name}' has shape {tuple(grad.shape)}, the parameter "
+            f"{tuple(param.shape)}; they must be equal, so pass the gradient of this very tensor"
         )

@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+import ablation
+import ablation_protocol
+import ablation_run
 import few_shot
 
 ROOT = Path(few_shot.__file__).parents[2]
@@ -91,7 +94,7 @@ def test_killed_three_times_it_ends_with_the_same_numbers(archive: Path, tmp_pat
     flags = ("--seeds=0", "--rows", "MAML++", "--checkpoint-minutes=0", "--epochs=30")
     assert finish(start(archive, tmp_path / "undisturbed", *flags))[0] == 0
     moments = random.Random(0)
-    checkpoint = tmp_path / "killed" / "runs" / "MAMLpp-seed0" / "checkpoint.pt"
+    checkpoint = tmp_path / "killed" / "runs" / "MAMLplusplus-seed0" / "checkpoint.pt"
     totals = []
     for _ in range(3):
         run = start(archive, tmp_path / "killed", *flags)
@@ -107,6 +110,57 @@ def test_killed_three_times_it_ends_with_the_same_numbers(archive: Path, tmp_pat
     assert finish(start(archive, tmp_path / "killed", *flags))[0] == 0
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "undisturbed")
     assert not list(tmp_path.glob("**/*.tmp"))
+
+
+class Scalars:
+    """Stands in for TensorBoard's writer, whose package need not be here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.seen: dict[tuple[str, int], float] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.seen[name, step] = value
+
+    def flush(self) -> None:
+        pass
+
+
+def test_tensorboard_gets_what_the_records_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation_run, "SummaryWriter", Scalars)
+    sizes = {"ways": 3, "filters": 4, "epochs": 4, "iterations": 1, "val_every": 2}
+    tasks = {"val_tasks": 2, "test_tasks": 2, "eval_targets": 2}
+    protocol = ablation_protocol.Protocol(**sizes, **tasks)
+    run = ablation_run.AblationRun("MAML++", 0, protocol, few_shot.load(), tmp_path)
+    run.run(checkpoint_seconds=60)
+    assert [r["kind"] for r in run.records] == ["validation", "validation", "test"]
+    for r in run.records:
+        assert run.writer.seen["loss", r["iterations"]] == r["loss"]
+        for name in ("batch_statistics", "running_statistics"):
+            assert run.writer.seen[f"{r['kind']}/{name}", r["iterations"]] == r[name]["accuracy"]
+
+
+def test_paper_preset_is_the_papers() -> None:
+    flags = ablation.make_parser().parse_args(
+        ["--data=x", "--preset=paper-omniglot-20way-1shot", "--tasks=2"]
+    )
+    protocol = ablation.read_protocol(flags)
+    assert (protocol.filters, protocol.steps, protocol.ways, protocol.shots) == (64, 5, 20, 1)
+    assert protocol.epochs * protocol.iterations == 50_000
+    assert (protocol.multi_step_loss, protocol.first_order) == (10, 50)
+    assert (protocol.inner_lr, protocol.meta_lr, protocol.final_meta_lr) == (0.1, 1e-3, 1e-5)
+    assert protocol.tasks == 2  # a flag wins
+
+
+def test_a_time_instead_of_iterations(tmp_path: Path) -> None:
+    protocol = ablation_protocol.Protocol(
+        ways=3, filters=4, epochs=2, minutes=0.01, val_every=1, val_tasks=1, test_tasks=1
+    )
+    run = ablation_run.AblationRun("MAML", 0, protocol, few_shot.load(), tmp_path)
+    run.run(checkpoint_seconds=60)
+    assert 0.6 <= run.records[-1]["seconds"] < 5
+    assert run.records[0]["iterations"] >= 1
 
 
 def test_another_protocol_is_refused(archive: Path, tmp_path: Path) -> None:

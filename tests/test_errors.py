@@ -84,11 +84,13 @@ def forward_at(net: Net, step: int) -> None:
         net(torch.randn(4, 3))
 
 
-def update(net: Net, step: Any = 0, without_param: str = "", without_grad: str = "") -> None:
+def update(
+    net: Net, step: Any = 0, without_param: str = "", without_grad: str = "", **other: Tensor
+) -> None:
     tensors = dict(net.named_parameters())
     params = {name: p for name, p in tensors.items() if name != without_param}
     grads = {name: p for name, p in tensors.items() if name != without_grad}
-    mpp.LSLR(net, 3).update(params, grads, step)
+    mpp.LSLR(net, 3).update(params, grads | other, step)
 
 
 def inside_higher(net: Net, use: Callable[[Net], Any], **settings: Any) -> None:
@@ -356,6 +358,11 @@ RATES: dict[str, Row] = {
         lambda n: update(n, without_grad="body.weight"),
         KeyError,
         ("grads lacks 'body.weight'", "a missing gradient as None"),
+    ),
+    "update with a gradient that would broadcast": (
+        lambda n: update(n, **{"head.bias": torch.zeros(4, 2)}),
+        ValueError,
+        ("gradient of 'head.bias' has shape (4, 2)", "the parameter (2,)", "this very tensor"),
     ),
     "update at step 3 of 3": (
         lambda n: update(n, step=3),

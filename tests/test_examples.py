@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +21,7 @@ import torch
 from PIL import Image
 
 import few_shot
+from learners import PARTS, Learner, Schedules
 
 EXAMPLES = Path(few_shot.__file__).parent
 BACKENDS = ("higher", "torchopt", "torch_func")
@@ -96,6 +99,69 @@ def test_demo(backend: str, tmp_path: Path) -> None:
     assert len({rate for rates in plus["rates"].values() for rate in rates}) > 1
     assert all(rates == pytest.approx([0.1] * 5) for rates in plain["rates"].values())
     assert [finding for finding in plus["setup"] if not finding.startswith("on:")] == []
+
+
+def make_learner(*parts: str, backend: str = "torchopt") -> Learner:
+    torch.manual_seed(0)
+    schedules = Schedules(4, 2, 2, 1e-3, 1e-5)
+    net = few_shot.conv_net(1, 5, 4, 8)
+    return Learner(net, parts, backend, steps=2, inner_lr=0.1, schedules=schedules)
+
+
+def sampler() -> few_shot.TaskSampler:
+    return few_shot.TaskSampler(few_shot.load().train, 5, 1, 3, tasks=2)
+
+
+def learned(learner: Learner) -> list[torch.Tensor]:
+    return [*learner.net.state_dict().values(), learner.lslr.rates]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_part_changes_what_it_should(backend: str) -> None:
+    seen = {}
+    for parts in [(), *((part,) for part in PARTS), PARTS]:
+        learner, tasks = make_learner(*parts, backend=backend), sampler()
+        for _ in range(3):
+            learner.train_on(tasks.sample())
+            learner.end_epoch()
+        assert (len(learner.lslr.rates.unique()) > 1) == ("LSLR" in parts)
+        assert (learner.meta_lr < 1e-3) == ("CA" in parts)
+        seen[parts] = learner.net.head.weight.detach().clone()
+    for one, other in itertools.combinations(seen.values(), 2):
+        assert not torch.equal(one, other)
+
+
+def test_backends_train_alike() -> None:
+    heads = []
+    for backend in BACKENDS:
+        learner, tasks = make_learner(*PARTS, backend=backend), sampler()
+        for _ in range(4):
+            learner.train_on(tasks.sample())
+            learner.end_epoch()
+        heads.append(learner.net.head.weight)
+    for head in heads[1:]:
+        torch.testing.assert_close(head, heads[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("parts", [(), PARTS])
+def test_evaluation_leaves_no_trace(parts: tuple[str, ...]) -> None:
+    learner = make_learner(*parts)
+    learner.train_on(sampler().sample())
+    before = copy.deepcopy(learned(learner))
+    by_batch, by_running = learner.accuracies([sampler().sample()])
+    assert by_batch.shape == by_running.shape == (2,)
+    assert learner.net.training
+    torch.testing.assert_close(learned(learner), before, rtol=0, atol=0)
+
+
+def test_learner_goes_on_from_its_state() -> None:
+    one, other, tasks = make_learner(*PARTS), make_learner(*PARTS), sampler()
+    one.train_on(tasks.sample())
+    one.end_epoch()
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    batch = tasks.sample()
+    assert one.train_on(batch) == other.train_on(batch)
+    torch.testing.assert_close(learned(one), learned(other), rtol=0, atol=0)
 
 
 def test_interrupted_demo_writes_what_it_has(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""What the ablation compares, and what is alike in all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from learners import PARTS
+
+ROWS: dict[str, tuple[str, ...]] = {
+    "MAML": (),
+    **{f"+{part}": (part,) for part in PARTS},
+    "MAML++": PARTS,
+}
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is alike in every row."""
+
+    backend: str = _setting("torchopt", "library underneath")
+    ways: int = _setting(20, "classes in a task")
+    shots: int = _setting(1, "support images of a class")
+    targets: int = _setting(5, "target images of a class")
+    steps: int = _setting(5, "inner steps")
+    filters: int = _setting(32, "channels of each convolution")
+    tasks: int = _setting(2, "tasks in a meta-batch")
+    inner_lr: float = _setting(0.1, "inner rate to start from")
+    meta_lr: float = _setting(3e-3, "meta rate to start from")
+    final_meta_lr: float = _setting(1e-5, "meta rate at the end of cosine annealing")
+    epochs: int = _setting(100, "epochs, the unit of the schedules")
+    iterations: int = _setting(5, "meta-iterations of an epoch")
+    minutes: float | None = _setting(None, "training time in place of the iterations")
+    multi_step_loss: int = _setting(10, "epochs of multi-step loss, where it is on")
+    first_order: int = _setting(50, "first-order epochs, where derivative order is annealed")
+    val_every: int = _setting(20, "epochs between validations")
+    val_tasks: int = _setting(30, "tasks of a validation")
+    test_tasks: int = _setting(600, "tasks of the test")
+    eval_targets: int = _setting(5, "target images of a class in validation and test")
+
+
+PRESETS = {
+    # The meta rate is MAML++'s, chosen on the validation characters; plain MAML prefers 1e-3.
+    "reduced": Protocol(),
+    # The schedule of the paper; targets and tasks are those of the authors' configuration.
+    "paper-omniglot-20way-1shot": Protocol(
+        filters=64,
+        targets=1,
+        tasks=8,
+        iterations=500,
+        meta_lr=1e-3,
+        eval_targets=1,
+        val_tasks=600,
+        val_every=1,
+    ),
+}
