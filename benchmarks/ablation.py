@@ -11,6 +11,7 @@ go to --out: table.md, evaluations.jsonl (a record for every evaluation) and thr
 from __future__ import annotations
 
 import argparse
+import fcntl
 import multiprocessing
 import os
 import sys
@@ -111,6 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
         load(flags.data)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
+    flags.out.mkdir(parents=True, exist_ok=True)
+    lock = (flags.out / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
+    except BlockingIOError:
+        parser.error(f"another ablation is writing to {flags.out}; wait, or take another --out")
     jobs = [(row, seed) for seed in flags.seeds for row in flags.rows]
     work = partial(train, flags=flags, protocol=protocol)
     spawn = multiprocessing.get_context("spawn")
@@ -118,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         for done in as_completed([pool.submit(work, *job) for job in jobs]):
             print(f"finished: {done.result()}", file=sys.stderr, flush=True)
     print(write_report(flags.out, sys.argv[1:] if arguments is None else arguments))
+    lock.close()
     return 0
 
 

@@ -37,6 +37,11 @@ def write_report(folder: Path, arguments: list[str]) -> str:
         for file in sorted(folder.glob("runs/*/records.jsonl"))
         for line in file.read_text().splitlines()
     ]
+    if any(record["settings"] != records[0]["settings"] for record in records):
+        raise ValueError(
+            f"the runs in {folder} have several settings, which one table cannot show; give each "
+            "protocol an --out of its own"
+        )
     rows = [row for row in PAPER if any(record["row"] == row for record in records)]
     records.sort(key=lambda record: (rows.index(record["row"]), record["seed"]))
     lines = "".join(json.dumps(record) + "\n" for record in records)

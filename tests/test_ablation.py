@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -168,7 +169,18 @@ def test_another_protocol_is_refused(archive: Path, tmp_path: Path) -> None:
     assert finish(start(archive, tmp_path, *flags))[0] == 0
     code, _, errors = finish(start(archive, tmp_path, *flags, "--filters=5"))
     assert code == 1
+    code, _, other = finish(start(archive, tmp_path, "--seeds=1", "--rows=+CA", "--filters=5"))
+    assert code == 1
+    assert "have several settings" in other
     assert "made with other settings (there, here): {'filters': (4, 5)}" in errors
+
+
+def test_one_writer_at_a_time(archive: Path, tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, errors = finish(start(archive, tmp_path))
+    assert code == 2
+    assert "another ablation is writing to" in errors
 
 
 @pytest.mark.parametrize(
