@@ -1,0 +1,135 @@
+"""``python -m mamlpp_ext check package.module:make_model``: what MAML++ would do to a model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mamlpp_ext.convert import convert_batchnorm
+from mamlpp_ext.derivative_order import DerivativeOrderAnnealing
+from mamlpp_ext.findings import check_setup
+from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.multi_step_loss import MultiStepLoss
+from mamlpp_ext.steps import inner_steps, per_step_layers
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the flags."""
+    parser = argparse.ArgumentParser(prog="python -m mamlpp_ext", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="what would be converted, adapted and learned")
+    add = check.add_argument
+    add("model", help="package.module:name of a model, or of a function that returns one")
+    add("--steps", type=int, default=5, help="inner steps (%(default)s)")
+    add("--adapt", nargs="+", metavar="PATTERN", help="what the inner loop adapts, as in LSLR")
+    add(
+        "--shape",
+        help="of one input, such as 1,28,28: runs an inner loop on noise too, and says which "
+        "parameters no gradient reaches",
+    )
+    return parser
+
+
+def load_model(place: str) -> nn.Module:
+    """Returns the model at ``package.module:name``, calling what is there if it is no model.
+
+    Raises:
+        ImportError: if there is no such module or name.
+        TypeError: if what is there is no model and returns none.
+        ValueError: if ``place`` is not of that form.
+    """
+    module, colon, name = place.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"{place!r} is not of the form package.module:name")
+    sys.path.insert(0, os.getcwd())  # an installed entry would not look there
+    found = importlib.import_module(module)
+    if not hasattr(found, name):
+        raise ImportError(f"module {module} has no {name!r}; it defines {_public(found)}")
+    model = getattr(found, name)
+    if not isinstance(model, nn.Module) and callable(model):
+        model = model()
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{place} gave a {type(model).__name__}; name a torch.nn.Module, or a function that "
+            "returns one without arguments"
+        )
+    return model
+
+
+def _read_shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not all(size.isdecimal() for size in text.split(",")):
+        raise ValueError(f"--shape must be whole numbers with commas between, got {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
+def _public(module: object) -> str:
+    return ", ".join(name for name in vars(module) if not name.startswith("_")) or "nothing"
+
+
+def describe(
+    model: nn.Module, steps: int, adapt: list[str] | None, shape: tuple[int, ...] | None
+) -> Iterator[str]:
+    """Yields the lines of the report: converted layers, rates, parameters, findings."""
+    net = model
+    if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
+        net = convert_batchnorm(model, steps)
+    for name, layer in per_step_layers(net).items():
+        yield f"per-step: '{name}', {layer.num_features} features, {steps} rows"
+    lslr = LSLR(net, steps, adapt=adapt)
+    meta_opt = torch.optim.Adam([*net.parameters(), *lslr.parameters()])
+    for name, p in net.named_parameters():
+        learner = "adapted" if name in lslr.names else "outer loop alone"
+        yield f"{learner if p.requires_grad else 'frozen'}: '{name}', {tuple(p.shape)}"
+    yield f"rates: {lslr.rates.numel()}, {len(lslr.names)} tensors times {steps} steps"
+    if shape is not None:
+        _run_inner_loop(net, lslr, shape).backward()  # type: ignore[no-untyped-call]
+    yield from check_setup(
+        net,
+        lslr,
+        meta_opt,
+        multi_step_loss=MultiStepLoss(steps, anneal_epochs=10),
+        derivative_order=DerivativeOrderAnnealing(first_order_epochs=50),
+        meta_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(meta_opt, 100, eta_min=1e-5),
+    )
+
+
+def _run_inner_loop(net: nn.Module, lslr: LSLR, shape: tuple[int, ...]) -> Tensor:
+    x = torch.randn(8, *shape)
+    params: dict[str, Tensor] = dict(net.named_parameters())
+    losses = []
+    for step in inner_steps(net, lslr.num_steps):
+        wanted = {name: params[name] for name in lslr.names}
+        support_loss = functional_call(net, params, x).square().mean()
+        grads = torch.autograd.grad(
+            support_loss, [*wanted.values()], create_graph=True, allow_unused=True
+        )
+        params = lslr.update(params, dict(zip(wanted, grads, strict=True)), step)
+        losses.append(functional_call(net, params, x).square().mean())
+    return torch.stack(losses).mean()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns 0, or 1 if the findings name a problem."""
+    parser = make_parser()
+    flags = parser.parse_args(arguments)
+    try:
+        model, shape = load_model(flags.model), _read_shape(flags.shape)
+        lines = list(describe(model, flags.steps, flags.adapt, shape))
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    sys.stdout.write("\n".join(lines) + "\n")
+    return int(any(line.startswith("problem:") for line in lines))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

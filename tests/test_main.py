@@ -1,0 +1,98 @@
+"""``python -m mamlpp_ext check``: what it says of a user's model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mamlpp_ext.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+MODELS = """
+from torch import nn
+
+def make_model():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)
+    )
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+ready = nn.Linear(3, 2)
+frozen = nn.Linear(3, 2).requires_grad_(False)
+number = 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)
+
+
+@pytest.mark.usefixtures("models")
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "my_models:make_model", "--steps=3", "--shape=1,8,8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "per-step: '1', 4 features, 3 rows" in lines
+    assert "adapted: '0.weight', (4, 1, 3, 3)" in lines
+    assert "outer loop alone: '1.weight', (3, 4)" in lines
+    assert "rates: 12, 4 tensors times 3 steps" in lines
+    assert sum(line.startswith("on: ") for line in lines) == 6
+
+
+@pytest.mark.usefixtures("models")
+def test_patterns_and_a_model_without_norm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "my_models:ready", "--adapt", "bias"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "outer loop alone: 'weight', (2, 3)" in lines
+    assert "rates: 5, 1 tensors times 5 steps" in lines
+    assert any(line.startswith("off: per-step batch-norm statistics") for line in lines)
+
+
+@pytest.mark.usefixtures("models")
+def test_a_parameter_that_no_gradient_reaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "my_models:Unused", "--shape=3"]) == 1
+    assert "problem: no gradient reaches 'spare.weight', 'spare.bias'" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["my_models"], "'my_models' is not of the form package.module:name"),
+        (["my_modelz:ready"], "No module named 'my_modelz'"),
+        (["my_models:redy"], "module my_models has no 'redy'; it defines nn, make_model"),
+        (["my_models:number"], "gave a int; name a torch.nn.Module"),
+        (["my_models:frozen"], "nothing is left to adapt in Linear"),
+        (["my_models:ready", "--steps=0"], "num_steps must be at least 1, got 0"),
+        (["my_models:ready", "--adapt", "hed.*"], "adapt pattern 'hed.*' matches no parameter"),
+        (["my_models:ready", "--shape=3x4"], "must be whole numbers with commas between"),
+        (["my_models:ready", "--shape=4"], "shapes cannot be multiplied"),
+    ],
+)
+def test_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("models")
+def test_as_a_module() -> None:
+    command = [sys.executable, "-W", "error", "-m", "mamlpp_ext", "check", "my_models:make_model"]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert "rates: 20, 4 tensors times 5 steps" in found.stdout
+    assert found.stderr == ""
