@@ -1,5 +1,6 @@
 # make demo   MAML against MAML++ on few-shot handwriting; make help lists what it takes
 # make test   everything that has to pass
+# make docs   the documentation, in docs/_build
 # make ablation DATA=...   the paper's ablation, resumable
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DEMO_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) $(call flag,MIN
 	$(call flag,WAYS,ways) $(call flag,SHOTS,shots) $(call flag,STEPS,steps) \
 	$(call flag,FILTERS,filters) $(call flag,SEED,seed) $(call flag,OUT,out)
 
-.PHONY: help demo test ablation clean
+.PHONY: help demo test docs ablation clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo '            MINUTES= WAYS= SHOTS= STEPS= FILTERS= SEED= OUT='
 	@echo '            ARGS="..."        further flags of docs/examples/demo.py (ARGS=--help)'
 	@echo 'make test   ruff, mypy, tests and doctests; ARGS="..." goes to pytest'
+	@echo 'make docs   writes docs/_build/index.html; warnings are errors'
 	@echo 'make ablation DATA=path   MAML, each part of MAML++ alone, all together; resumable, results in'
 	@echo '            ablation/; ARGS="..." goes to benchmarks/ablation.py (ARGS=--help)'
 	@echo 'make clean  removes the environment and what was built'
@@ -39,8 +41,11 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info
 
 # A stamp for each extra, so that a second run installs nothing.
 $(VENV)/.demo: setup.cfg constraints.txt | $(BIN)/python
@@ -49,6 +54,10 @@ $(VENV)/.demo: setup.cfg constraints.txt | $(BIN)/python
 
 $(VENV)/.test: setup.cfg constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.docs: setup.cfg constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(BIN)/python:
