@@ -13,6 +13,10 @@ DEMO_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) $(call flag,MIN
 	$(call flag,WAYS,ways) $(call flag,SHOTS,shots) $(call flag,STEPS,steps) \
 	$(call flag,FILTERS,filters) $(call flag,SEED,seed) $(call flag,OUT,out)
 
+ABLATION_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) \
+	$(call flag,MINUTES,minutes) $(call flag,WAYS,ways) $(call flag,SHOTS,shots) \
+	$(call flag,STEPS,steps) $(call flag,FILTERS,filters) $(call flag,OUT,out)
+
 .PHONY: help demo test docs ablation clean
 .DELETE_ON_ERROR:
 
@@ -33,7 +37,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python docs/examples/demo.py $(DEMO_FLAGS) $(ARGS)
 
 ablation: $(VENV)/.demo
-	$(BIN)/python benchmarks/ablation.py $(call flag,DATA,data) $(ARGS)
+	$(BIN)/python benchmarks/ablation.py $(ABLATION_FLAGS) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

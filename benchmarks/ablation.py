@@ -5,7 +5,8 @@
     python benchmarks/ablation.py --data omniglot28.npz --preset paper-omniglot-20way-1shot
 
 Stopped in any way, the same command goes on where it was. A preset sets what no flag says. Results
-go to --out: table.md, evaluations.jsonl (a record for every evaluation) and three pictures.
+go to --out: table.md, evaluations.jsonl (a record for every evaluation), pictures of accuracy over
+iterations and of what the last row learned; TensorBoard scalars too, if its package is installed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import fcntl
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,7 +33,7 @@ from ablation_protocol import PRESETS, ROWS, Protocol
 from ablation_report import write_report
 from ablation_run import AblationRun
 from demo import cores
-from few_shot import load
+from few_shot import TaskSampler, load
 from learners import BACKENDS
 
 
@@ -46,7 +48,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
     add("--out", type=Path, default=Path("ablation"), help="folder (default: %(default)s)")
-    add("--jobs", type=int, default=cores(), help="runs at once, a thread each (%(default)s)")
+    add(
+        "--jobs",
+        type=int,
+        choices=range(1, 257),
+        metavar="N",
+        default=cores(),
+        help="runs at once, a thread each (%(default)s)",
+    )
     add("--device", default="cpu", help="where to train (%(default)s)")
     add("--checkpoint-minutes", type=float, default=2.0, help="between checkpoints (%(default)s)")
     for field in fields(Protocol):
@@ -71,9 +80,12 @@ def read_protocol(flags: argparse.Namespace) -> Protocol:
     given = {name: getattr(flags, name) for name in chosen}
     chosen.update({name: value for name, value in given.items() if value is not None})
     for name, value in chosen.items():
-        least = 0 if name in ("multi_step_loss", "first_order") else 1e-12
-        if isinstance(value, (int, float)) and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("multi_step_loss", "first_order"):
+            if value < 0:
+                raise ValueError(f"{flag} must be at least 0 (epochs), got {value}")
+        elif isinstance(value, (int, float)) and value <= 0:
+            raise ValueError(f"{flag} must be above 0, got {value}")
     return Protocol(**chosen)
 
 
@@ -93,11 +105,35 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def check(flags: argparse.Namespace, protocol: Protocol) -> None:
+    """Finds what would stop a run, before any run has begun.
+
+    Raises:
+        FileNotFoundError: if there is no data.
+        ValueError: if there is too little of it for the tasks, or ``flags.out`` has runs of
+            another protocol.
+    """
+    data = load(flags.data)
+    for images in (data.train, data.val, data.test):
+        for targets in (protocol.targets, protocol.eval_targets):
+            TaskSampler(images, protocol.ways, protocol.shots, targets, protocol.tasks)
+    for row in flags.rows:
+        for seed in flags.seeds:
+            if folder_of(flags, row, seed).exists():
+                AblationRun(row, seed, protocol, data, folder_of(flags, row, seed))
+
+
+def folder_of(flags: argparse.Namespace, row: str, seed: int) -> Path:
+    """Returns where a run keeps its files."""
+    name = row.replace("++", "plusplus").replace("+", "-").strip("-")
+    return flags.out / "runs" / f"{name}-seed{seed}"
+
+
 def train(row: str, seed: int, flags: argparse.Namespace, protocol: Protocol) -> str:
     """One row with one seed, in a process of its own."""
     torch.set_num_threads(1)
-    name = row.replace("++", "plusplus").replace("+", "-").strip("-")
-    folder = flags.out / "runs" / f"{name}-seed{seed}"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everybody; the parent decides
+    folder = folder_of(flags, row, seed)
     run = AblationRun(row, seed, protocol, load(flags.data), folder, flags.device)
     run.run(60 * flags.checkpoint_minutes)
     return f"{row}, seed {seed}"
@@ -109,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     try:
         protocol = read_protocol(flags)
-        load(flags.data)
+        check(flags, protocol)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -118,12 +154,18 @@ def main(arguments: list[str] | None = None) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
     except BlockingIOError:
         parser.error(f"another ablation is writing to {flags.out}; wait, or take another --out")
-    jobs = [(row, seed) for seed in flags.seeds for row in flags.rows]
+    jobs = list(dict.fromkeys((row, seed) for seed in flags.seeds for row in flags.rows))
     work = partial(train, flags=flags, protocol=protocol)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(flags.jobs, spawn, end_with_parent) as pool:
-        for done in as_completed([pool.submit(work, *job) for job in jobs]):
-            print(f"finished: {done.result()}", file=sys.stderr, flush=True)
+        try:
+            for done in as_completed([pool.submit(work, *job) for job in jobs]):
+                print(f"finished: {done.result()}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            os._exit(130)  # the processes end with this one; leaving the block would wait for them
+        except Exception:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print(write_report(flags.out, sys.argv[1:] if arguments is None else arguments))
     lock.close()
     return 0

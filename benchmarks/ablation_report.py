@@ -61,17 +61,8 @@ def table(records: list[Record], rows: list[str], arguments: list[str]) -> str:
     tests = [(number, r) for number, r in enumerate(records, 1) if r["kind"] == "test"]
     if not tests:
         return "No run has ended yet.\n"
-    settings, version = tests[0][1]["settings"], tests[0][1]["versions"]
-    seeds = sorted({r["seed"] for _, r in tests})
     lines = [
-        f"Omniglot, {settings['ways']}-way {settings['shots']}-shot, {settings['filters']} "
-        f"filters, {settings['steps']} inner steps, {settings['tasks']} tasks an iteration, "
-        f"{settings['epochs']} epochs of {settings['iterations']} iterations; seeds "
-        f"{', '.join(map(str, seeds))}; {settings['test_tasks']} test tasks; backend "
-        f"{settings['backend']}.",
-        "",
-        "Accuracy in per cent: mean over seeds ± 95 % interval over the tasks of a run (range over "
-        "seeds). Batch: targets normalised together, as in the paper; running: one by one.",
+        *_header(tests[0][1]["settings"], sorted({r["seed"] for _, r in tests})),
         "",
         "| row | batch statistics | running statistics | paper (other settings) |",
         "|---|---|---|---|",
@@ -83,9 +74,10 @@ def table(records: list[Record], rows: list[str], arguments: list[str]) -> str:
             lines.append(f"| {row} | {' | '.join(cells)} | {PAPER[row]} |")
     lines += [
         "",
-        f"Command: `python benchmarks/ablation.py {shlex.join(arguments)}`. "
-        f"Machine: {tests[0][1]['machine']}. Versions: "
-        + ", ".join(f"{name} {number}" for name, number in version.items() if number)
+        f"Command: `python benchmarks/ablation.py {shlex.join(arguments)}`. Machine: "
+        + "; ".join(dict.fromkeys(r["machine"] for _, r in tests))
+        + ". Versions: "
+        + "; ".join(dict.fromkeys(_versions(r) for _, r in tests))
         + ".",
         "",
         "| row | seed | batch statistics | running statistics | picked at epoch | record |",
@@ -100,6 +92,27 @@ def table(records: list[Record], rows: list[str], arguments: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _header(settings: dict[str, Any], seeds: list[int]) -> list[str]:
+    length = f"{settings['epochs']} epochs of {settings['iterations']} iterations"
+    if settings["minutes"] is not None:
+        length = f"{settings['minutes']:g} minutes"
+    return [
+        f"Omniglot, {settings['ways']}-way {settings['shots']}-shot, {settings['filters']} "
+        f"filters, {settings['steps']} inner steps, {settings['tasks']} tasks an iteration, "
+        f"{length}, meta rate {settings['meta_lr']:g} in every row; seeds "
+        f"{', '.join(map(str, seeds))}; {settings['test_tasks']} test tasks; backend "
+        f"{settings['backend']}.",
+        "",
+        "Accuracy in per cent: mean over seeds ± 95 % interval over the tasks of a run (range over "
+        "seeds). Batch: targets normalised together, as in the paper; running: one by one. The "
+        "model tested is the one that validated best by batch statistics.",
+    ]
+
+
+def _versions(record: Record) -> str:
+    return ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
+
+
 def _over_seeds(found: list[dict[str, float]]) -> str:
     values = [100 * f["accuracy"] for f in found]
     interval = 100 * statistics.mean(f["interval"] for f in found)
@@ -108,19 +121,19 @@ def _over_seeds(found: list[dict[str, float]]) -> str:
 
 
 def draw_curves(records: list[Record], rows: list[str], path: Path) -> None:
-    """Validation accuracy over iterations, a line for each row, a band over its seeds."""
+    """Validation accuracy over epochs, a line for each row, a band over its seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained", sharey=True)
     for plot, name in zip(axes, STATISTICS, strict=True):
         for row, colour in zip(rows, plt.get_cmap("tab10").colors, strict=False):
-            points: dict[int, list[float]] = {}
+            points: dict[int, list[float]] = {}  # by epoch: with --minutes, iterations differ
             for r in records:
                 if r["row"] == row and r["kind"] == "validation":
-                    points.setdefault(r["iterations"], []).append(100 * r[name]["accuracy"])
+                    points.setdefault(r["epoch"], []).append(100 * r[name]["accuracy"])
             x = sorted(points)
             plot.plot(x, [statistics.mean(points[i]) for i in x], label=row, color=colour)
             low, high = ([pick(points[i]) for i in x] for pick in (min, max))
             plot.fill_between(x, low, high, alpha=0.15, color=colour)
-        plot.set(xlabel="meta-iteration", title=name.replace("_", " "))
+        plot.set(xlabel="epoch", title=name.replace("_", " "))
         plot.grid(alpha=0.3)
     axes[0].set_ylabel("validation accuracy (%)")
     axes[0].legend()

@@ -72,7 +72,7 @@ class AblationRun:
         self.best: dict[str, Any] = {"accuracy": -1.0}
         self.records: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
-        self.writer = SummaryWriter(folder / "tensorboard") if SummaryWriter else None
+        self.writer: Any = None
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.exists():
             self._load()
@@ -93,7 +93,7 @@ class AblationRun:
                 self._validate()
             self._save()
             saved = time.monotonic()
-        if not self.records or self.records[-1]["kind"] != "test":
+        if self.records[-1]["kind"] != "test":
             self._test()
             self._save()
 
@@ -168,7 +168,8 @@ class AblationRun:
 
     def _record(self, kind: str, **found: Any) -> None:
         at = self.position
-        if self.writer:  # made twice after a kill, a point is the same
+        if SummaryWriter:  # a point made twice, after a kill, is the same
+            self.writer = self.writer or SummaryWriter(self.folder / "tensorboard")
             for name in STATISTICS:
                 accuracy = found[name]["accuracy"]
                 self.writer.add_scalar(f"{kind}/{name}", accuracy, at["total"])
@@ -202,9 +203,10 @@ class AblationRun:
             "best": self.best,
             "records": self.records,
         }
-        _replace(self.checkpoint, lambda path: torch.save(state, path))
+        # The records first: a kill between the two then repeats an evaluation, and loses none.
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         _replace(self.folder / "records.jsonl", lambda path: path.write_text(lines))
+        _replace(self.checkpoint, lambda path: torch.save(state, path))
 
     def _load(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
@@ -226,7 +228,8 @@ class AblationRun:
         self.records = state["records"]
 
     def _who(self) -> dict[str, Any]:
-        return {"row": self.row, "seed": self.seed, **asdict(self.protocol)}
+        ink = int(self.data.train.sum())  # tells data sets apart
+        return {"row": self.row, "seed": self.seed, "ink": ink, **asdict(self.protocol)}
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -126,6 +127,46 @@ class Scalars:
         pass
 
 
+@pytest.mark.parametrize("fail_at", [2, 4])  # after the records of the validation, of the test
+def test_killed_between_its_two_files_it_loses_no_record(
+    fail_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = ablation_protocol.Protocol(
+        ways=3, filters=4, epochs=1, iterations=1, val_every=1, val_tasks=2, test_tasks=2
+    )
+    monkeypatch.setattr(ablation_run, "SummaryWriter", None)
+    replace, writes = ablation_run._replace, []
+
+    def killed(path: Path, write: Any) -> None:
+        writes.append(path)
+        if len(writes) == fail_at:
+            raise KeyboardInterrupt
+        replace(path, write)
+
+    monkeypatch.setattr(ablation_run, "_replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ablation_run.AblationRun("MAML", 0, protocol, few_shot.load(), tmp_path).run(60)
+    again = ablation_run.AblationRun("MAML", 0, protocol, few_shot.load(), tmp_path)
+    again.run(60)
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [record["kind"] for record in records] == ["validation", "test"]
+    assert records == again.records
+
+
+def test_ctrl_c_ends_it_at_once_and_it_goes_on(archive: Path, tmp_path: Path) -> None:
+    flags = ("--seeds=0", "--rows", "MAML", "--epochs=400", "--val-every=100")
+    run = start(archive, tmp_path, *flags, "--checkpoint-minutes=0")
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    code, _, _ = finish(run)
+    assert code == 130
+    assert time.monotonic() - began < 10
+    assert not (tmp_path / "evaluations.jsonl").exists()
+
+
 def test_tensorboard_gets_what_the_records_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +197,7 @@ def test_paper_preset_is_the_papers() -> None:
 
 def test_a_time_instead_of_iterations(tmp_path: Path) -> None:
     protocol = ablation_protocol.Protocol(
-        ways=3, filters=4, epochs=2, minutes=0.01, val_every=1, val_tasks=1, test_tasks=1
+        ways=3, filters=4, epochs=2, minutes=0.01, val_every=1, val_tasks=2, test_tasks=2
     )
     run = ablation_run.AblationRun("MAML", 0, protocol, few_shot.load(), tmp_path)
     run.run(checkpoint_seconds=60)
@@ -168,7 +209,8 @@ def test_another_protocol_is_refused(archive: Path, tmp_path: Path) -> None:
     flags = ("--seeds=0", "--rows", "MAML")
     assert finish(start(archive, tmp_path, *flags))[0] == 0
     code, _, errors = finish(start(archive, tmp_path, *flags, "--filters=5"))
-    assert code == 1
+    assert code == 2
+    assert "take the same ones to go on" in errors
     code, _, other = finish(start(archive, tmp_path, "--seeds=1", "--rows=+CA", "--filters=5"))
     assert code == 1
     assert "have several settings" in other
@@ -188,6 +230,9 @@ def test_one_writer_at_a_time(archive: Path, tmp_path: Path) -> None:
     [
         (["--filters=0"], "--filters must be above 0, got 0"),
         (["--data=nowhere.npz"], "no data at nowhere.npz"),
+        (["--eval-targets=4"], "1 shots and 4 targets need 5 drawings of each class"),
+        (["--first-order=-1"], "--first-order must be at least 0 (epochs), got -1"),
+        (["--jobs=0"], "argument --jobs: invalid choice: 0"),
         (["--preset=huge"], "invalid choice: 'huge'"),
     ],
 )

@@ -131,16 +131,20 @@ def test_each_part_changes_what_it_should(backend: str) -> None:
         assert not torch.equal(one, other)
 
 
-def test_backends_train_alike() -> None:
-    heads = []
+@pytest.mark.parametrize("parts", [(), PARTS])
+def test_backends_train_alike(parts: tuple[str, ...]) -> None:
+    heads, means = [], []
     for backend in BACKENDS:
-        learner, tasks = make_learner(*PARTS, backend=backend), sampler()
+        learner, tasks = make_learner(*parts, backend=backend), sampler()
         for _ in range(4):
             learner.train_on(tasks.sample())
             learner.end_epoch()
         heads.append(learner.net.head.weight)
+        means.append(learner.net.norm1.running_mean.flatten())
     for head in heads[1:]:
         torch.testing.assert_close(head, heads[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(means[0], means[1], atol=1e-4, rtol=1e-3)  # loops over tasks
+    assert all(mean.abs().sum() > 0 for mean in means)  # task_batch_loss sees more target forwards
 
 
 @pytest.mark.parametrize("parts", [(), PARTS])
@@ -182,6 +186,7 @@ def test_interrupted_demo_writes_what_it_has(tmp_path: Path) -> None:
         (["--data=nowhere.npz"], "no data at nowhere.npz"),
         (["--ways=13"], "13 ways need as many classes, there are 12"),
         (["--shots=170"], "170 shots and 5 targets need 175 drawings"),
+        (["--first-order=-1"], "--first-order must be 0 to 100 (%), got -1"),
         (["--minutes=0"], "--minutes must be above 0"),
         (["--backend=jax"], "invalid choice: 'jax'"),
     ],
@@ -234,6 +239,9 @@ def test_too_few_characters(tmp_path: Path) -> None:
     np.savez(tmp_path / "few.npz", images=np.zeros((3, 20, 28, 28), dtype=np.uint8))
     with pytest.raises(ValueError, match=r"\(3, 20, 28, 28\); Omniglot's are \[1623"):
         few_shot.load(tmp_path / "few.npz")
+    np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
+    with pytest.raises(ValueError, match=r"holds \['pictures'\], expected an array named 'images'"):
+        few_shot.load(tmp_path / "other.npz")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no Alphabet/characterNN"):
         few_shot.load(tmp_path / "empty")

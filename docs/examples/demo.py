@@ -96,6 +96,8 @@ def read_flags(
     for name, value in flags.items():
         if isinstance(value, (int, float)) and name not in ("seed", "first_order") and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if not 0 <= flags["first_order"] <= 100:
+        parser.error(f"--first-order must be 0 to 100 (%), got {flags['first_order']}")
     return Settings(**flags), out
 
 

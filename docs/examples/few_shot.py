@@ -51,7 +51,7 @@ def load(path: str | Path | None = None) -> FewShotData:
         raise FileNotFoundError(
             f"no data at {path}; give a .npz file or a folder of Omniglot's PNGs"
         )
-    images = _from_folder(path) if path.is_dir() else torch.from_numpy(np.load(path)["images"])
+    images = _from_folder(path) if path.is_dir() else _from_archive(path)
     if images.dim() != 4 or len(images) <= sum(OMNIGLOT_SPLIT):
         raise ValueError(
             f"{path} holds images of shape {tuple(images.shape)}; Omniglot's are "
@@ -72,6 +72,13 @@ def _digits() -> FewShotData:
     images = np.stack([images[:fewest] for images in by_digit]) * (255 / 16)
     tensor = torch.from_numpy(images.round().astype(np.uint8))
     return FewShotData("digits", tensor[:7], tensor[7:], tensor[7:])  # nothing is chosen by val
+
+
+def _from_archive(path: Path) -> Tensor:
+    with np.load(path) as archive:
+        if "images" not in archive:
+            raise ValueError(f"{path} holds {list(archive)}, expected an array named 'images'")
+        return torch.from_numpy(archive["images"])
 
 
 def _from_folder(folder: Path) -> Tensor:

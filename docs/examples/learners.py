@@ -216,16 +216,11 @@ def _task_by_task(learner: Learner, batch: Batch, loop: Loop) -> float:
 
 @contextmanager
 def _higher_loop(learner: Learner) -> Iterator[tuple[nn.Module, Any]]:
-    import higher
-
     from mamlpp_ext.integrations.higher import innerloop_ctx
 
-    if learner.plain:
-        inner_opt = torch.optim.SGD(learner.net.parameters(), learner.inner_lr)
-        context = higher.innerloop_ctx(learner.net, inner_opt, copy_initial_weights=False)
-    else:
-        context = innerloop_ctx(learner.net, learner.lslr, second_order=learner.da.second_order)
-    with context as (net, inner_opt):
+    # For plain MAML too: higher's own context would lose the running statistics.
+    second_order = learner.da.second_order
+    with innerloop_ctx(learner.net, learner.lslr, second_order=second_order) as (net, inner_opt):
         yield net, inner_opt
 
 
