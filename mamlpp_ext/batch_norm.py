@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.normalization import batch_normalize, normalize
+from mamlpp_ext.closed_form import batch_normalize
+from mamlpp_ext.normalization import normalize
 from mamlpp_ext.running_statistics import RunningStatistics
 from mamlpp_ext.steps import ExtraSteps, InnerStep, checked_count, checked_extra_steps, select_row
 

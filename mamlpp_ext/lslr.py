@@ -140,7 +140,7 @@ class LSLR(nn.Module):
         """
         step = checked_count("step", step, least=0)
         column = select_row(step, self.num_steps, self.extra_steps, "LSLR")
-        return dict(zip(self.names, self.rates[:, column].unbind(), strict=True))
+        return dict(zip(self.names, self.rates.select(1, column).unbind(), strict=True))
 
     def parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Returns the adapted parameters of ``module`` by name.

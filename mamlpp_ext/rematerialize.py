@@ -20,7 +20,7 @@ def rematerialized(
 
     Args:
         run: a pure function of tensors to a tuple of tensors; random numbers and autocast are
-            replayed.
+            replayed. In the backward it may leave out last outputs that no gradient arrives at.
         inputs: what it is called with.
         captured: further tensors that it uses and that gradients must reach.
     """
@@ -55,7 +55,7 @@ class _Rematerialized(torch.autograd.Function):
         wanted = [t for t in targets if t.requires_grad]
         pairs = [
             (output, cotangent)
-            for output, cotangent in zip(outputs, cotangents, strict=True)
+            for output, cotangent in zip(outputs, cotangents, strict=False)
             if cotangent is not None and output.requires_grad
         ]
         outs, weights = [output for output, _ in pairs], [cotangent for _, cotangent in pairs]

@@ -83,7 +83,7 @@ class _Step:
         self, inner: TaskLoop, step: int, counts: bool, data: tuple[Tensor, ...], single: bool
     ) -> None:
         self.inner, self.step, self.counts, self.data = inner, step, counts, data
-        self.single = single
+        self.single, self.again = single, False
         self.mode = self._mode()
         self.places: list[tuple[nn.Module, int]] = []
 
@@ -116,7 +116,9 @@ class _Step:
             updated = self.inner.lslr.update(
                 adapted, dict(zip(adapted, grads, strict=True)), self.step
             )
-            if not (self.counts or self.inner.all_step_losses):
+            # A step that is rebuilt for the gradient needs no target loss without one.
+            again, self.again = self.again, True
+            if not self.counts and (again or not self.inner.all_step_losses):
                 nothing = torch.full_like(losses, math.nan)
                 return *updated.values(), nothing, nothing, *seen
             with torch.set_grad_enabled(tracked and self.counts):

@@ -6,7 +6,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import batch_norm
 
-from mamlpp_ext.normalization import batch_normalize, batch_normalize_reference, normalize
+from mamlpp_ext.closed_form import batch_normalize
+from mamlpp_ext.normalization import batch_normalize_reference, normalize
 
 SHAPES = [(6, 3), (2, 3), (4, 3, 5), (3, 2, 4, 3), (2, 4, 1, 1), (2, 3, 2, 3, 2)]
 
@@ -147,7 +148,7 @@ def test_normalize_by_given_statistics_is_batch_norm_in_eval_mode():
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm, nn.InstanceNorm1d])
 def test_vmap_over_torchs_own_norms_is_still_wrong(norm):
-    # The fact that forces normalization.py and task_batch's refusals, for each norm whose weight is
+    # The fact that forces closed_form.py and task_batch's refusals, for each norm whose weight is
     # adapted. When this fails, torch has mended it: lift them.
     torch.manual_seed(0)
     options = {"affine": True} if norm is nn.InstanceNorm1d else {}
