@@ -1,5 +1,6 @@
 """How the documentation is built: ``make docs``."""
 
+import logging
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ html_theme = "furo"
 html_title = f"mamlpp_ext {release}"
 html_static_path = ["static"]
 html_css_files = ["style.css"]
+html_show_copyright = False
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -54,6 +56,8 @@ intersphinx_mapping = {
 # Where torch's own documentation has them, instead of where they are defined.
 torch.nn.Module.__module__ = "torch.nn"
 torch.optim.Optimizer.__module__ = "torch.optim"
+# A profiler inside torch, imported along the way, makes every logger print what it logs.
+logging.getLogger("mamlpp_ext").setLevel(logging.WARNING)
 
 sphinx_gallery_conf = {
     "examples_dirs": "gallery",
