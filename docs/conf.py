@@ -69,6 +69,7 @@ sphinx_gallery_conf = {
     "write_computation_times": False,
     "download_all_examples": False,
     "show_memory": False,
+    "min_reported_time": 3600,
     "show_signature": False,
     "image_srcset": ["2x"],
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from docutils import nodes
 from test_errors import TABLE
 from test_main import MODELS
 from torch import nn
@@ -117,7 +118,7 @@ def test_troubleshooting_has_every_message(built: Path) -> None:
     page = Text(built / "troubleshooting.html")
     for message in MESSAGES:
         assert message.text in page.words
-        assert message.place.lower().replace("_", "-").replace(".", "-").strip("-") in page.ids
+        assert nodes.make_id(message.place) in page.ids
 
 
 def test_messages_are_those_of_every_raise() -> None:
