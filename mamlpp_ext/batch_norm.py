@@ -98,7 +98,7 @@ class _PerStepBatchNorm(RunningStatistics):
             )
         output, mean, var = batch_normalize(input, weight, bias, self.eps)
         if self.track_running_stats and self.training and not clock.frozen:
-            self._record(row, mean, var, input.numel() // self.num_features)
+            self._record(row, mean, var)
         return output
 
     def _check_input(self, input: Tensor) -> None:

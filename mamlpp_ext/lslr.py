@@ -124,7 +124,7 @@ class LSLR(nn.Module):
             grad = grads[name]
             if grad is not None:
                 _check_shape(name, params[name], grad)
-                updated[name] = params[name] - rate * grad
+                updated[name] = torch.addcmul(params[name], grad, rate, value=-1)
         return updated
 
     def rates_at(self, step: int) -> dict[str, Tensor]:

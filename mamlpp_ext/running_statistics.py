@@ -44,16 +44,18 @@ class RunningStatistics(nn.Module):
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()  # type: ignore[union-attr]
 
-    @torch.no_grad()
-    def _record(self, row: int, mean: Tensor, var: Tensor, count: int) -> None:
-        """Takes in a forward's batch mean [C] and biased variance [C] of ``count`` values each."""
-        # Running variances are unbiased, as nn.BatchNorm's.
-        mean, var = mean.detach(), var.detach() * (count / (count - 1))
+    def _record(self, row: int, mean: Tensor, var: Tensor) -> None:
+        """Takes in a forward's batch mean [C] and unbiased variance [C]."""
         if self.inner_step.tape is not None:
             self.inner_step.tape.append(((self, row), mean, var))
             return
         try:
-            self.absorb(row, mean.unsqueeze(0), var.unsqueeze(0))
+            if self.momentum is None:
+                self.absorb(row, mean.unsqueeze(0), var.unsqueeze(0))
+                return
+            for table, batch in ((self.running_mean, mean), (self.running_var, var)):
+                table[row].lerp_(batch.to(table.dtype), self.momentum)  # type: ignore[index, union-attr]
+            self.num_batches_tracked[row].add_(1)  # type: ignore[index]
         except RuntimeError as error:
             raise RuntimeError(
                 f"{type(self).__name__} could not update its running statistics in place. Inside a "
@@ -62,7 +64,6 @@ class RunningStatistics(nn.Module):
                 "mamlpp_ext.frozen_statistics(model)"
             ) from error
 
-    @torch.no_grad()
     def absorb(self, row: int, means: Tensor, variances: Tensor) -> None:
         """Takes a sequence of batches into the running statistics of one row, oldest first.
 
@@ -74,19 +75,16 @@ class RunningStatistics(nn.Module):
             means: batch means, [n, C].
             variances: unbiased batch variances, [n, C].
         """
-        running, n = (self.running_mean, self.running_var), means.shape[0]
+        n = means.shape[0]
         if self.momentum is None:
             total = n + int(self.num_batches_tracked[row])  # type: ignore[index]
             keep, shares = 1 - n / total, [1 / total] * n
         else:
             keep = (1 - self.momentum) ** n
             shares = [self.momentum * (1 - self.momentum) ** age for age in range(n)][::-1]
-        for table, batches in zip(running, (means, variances), strict=True):
-            batches = batches.to(table)
+        for table, batches in ((self.running_mean, means), (self.running_var, variances)):
             now = table[row]  # type: ignore[index]
-            if n == 1:  # a forward in a loop over tasks: the quick way
-                now.lerp_(batches[0], shares[0])
-                continue
+            batches = batches.to(now)
             share = torch.tensor(shares, dtype=batches.dtype, device=batches.device)
             now.copy_(torch.addmv(now, batches.T, share, beta=keep))
-        self.num_batches_tracked[row] += n  # type: ignore[index]
+        self.num_batches_tracked[row].add_(n)  # type: ignore[index]

@@ -104,6 +104,7 @@ def task_batch_loss(
     return TaskBatchResult(loss, step_losses.detach(), torch.cat(logits).detach())
 
 
+@torch.no_grad()
 def _commit(tapes: tuple[Tape, ...]) -> None:
     """Takes the statistics of every task into the layers, in the order of tasks in turn."""
     for tape in tapes:
