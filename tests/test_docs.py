@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pydoc
 import re
 import subprocess
 import sys
@@ -102,6 +103,14 @@ def test_guides_have_their_diffs(built: Path) -> None:
         page = Text(built / "guides" / f"{guide}.html").words
         assert "mpp.inner_steps" in page
         assert "--- " in page
+
+
+@pytest.mark.parametrize("project", ["python", "torch", "higher", "torchopt"])
+def test_inventories_name_what_there_is(project: str) -> None:
+    lines = (ROOT / "docs" / "inventories" / f"{project}.inv").read_text().splitlines()[3:]
+    names = [line.split()[0] for line in lines if not line.startswith("nn.")]
+    assert len(names) > 1
+    assert not [name for name in names if pydoc.locate(name) is None]
 
 
 def test_gallery_has_a_picture_of_every_script(built: Path) -> None:
