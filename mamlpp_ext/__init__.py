@@ -15,6 +15,7 @@ from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss, multi_step_loss_weights
 from mamlpp_ext.steps import at_step, inner_steps
 from mamlpp_ext.task_batch import TaskBatchResult, task_batch_loss
+from mamlpp_ext.task_batch_module import TaskBatchLoss
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "PerStepBatchNorm1d",
     "PerStepBatchNorm2d",
     "PerStepBatchNorm3d",
+    "TaskBatchLoss",
     "TaskBatchResult",
     "at_step",
     "check_setup",

@@ -84,8 +84,7 @@ class _PerStepBatchNorm(RunningStatistics):
         self._check_input(input)
         clock = self.inner_step
         row = select_row(clock.index, self.num_steps, self.extra_steps, type(self).__name__)
-        weight = None if self.weight is None else self.weight[row]
-        bias = None if self.bias is None else self.bias[row]
+        weight, bias = (None if t is None else t.select(0, row) for t in (self.weight, self.bias))
         by_batch = self.training or clock.frozen or not self.track_running_stats
         if not by_batch and self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean[row], self.running_var[row]

@@ -121,10 +121,12 @@ class LSLR(nn.Module):
             self._check_names(given, what)
         updated = dict(params)
         for name, rate in self.rates_at(step).items():
-            grad = grads[name]
-            if grad is not None:
-                _check_shape(name, params[name], grad)
-                updated[name] = torch.addcmul(params[name], grad, rate, value=-1)
+            param, grad = params[name], grads[name]
+            if grad is None:
+                continue
+            if grad.shape != param.shape:
+                raise _other_shape(name, param, grad)
+            updated[name] = torch.addcmul(param, grad, rate, value=-1)
         return updated
 
     def rates_at(self, step: int) -> dict[str, Tensor]:
@@ -230,9 +232,9 @@ class LSLR(nn.Module):
         )
 
 
-def _check_shape(name: str, param: Tensor, grad: Tensor) -> None:
-    if grad.shape != param.shape:  # broadcasting would silently make the parameter another one
-        raise ValueError(
-            f"the gradient of '{name}' has shape {tuple(grad.shape)}, the parameter "
-            f"{tuple(param.shape)}; they must be equal, so pass the gradient of this very tensor"
-        )
+def _other_shape(name: str, param: Tensor, grad: Tensor) -> ValueError:
+    # Broadcasting would silently make the parameter another one.
+    return ValueError(
+        f"the gradient of '{name}' has shape {tuple(grad.shape)}, the parameter "
+        f"{tuple(param.shape)}; they must be equal, so pass the gradient of this very tensor"
+    )

@@ -54,8 +54,8 @@ class RunningStatistics(nn.Module):
                 self.absorb(row, mean.unsqueeze(0), var.unsqueeze(0))
                 return
             for table, batch in ((self.running_mean, mean), (self.running_var, var)):
-                table[row].lerp_(batch.to(table.dtype), self.momentum)  # type: ignore[index, union-attr]
-            self.num_batches_tracked[row].add_(1)  # type: ignore[index]
+                table.select(0, row).lerp_(batch.to(table.dtype), self.momentum)  # type: ignore[union-attr]
+            self.num_batches_tracked.select(0, row).add_(1)  # type: ignore[union-attr]
         except RuntimeError as error:
             raise RuntimeError(
                 f"{type(self).__name__} could not update its running statistics in place. Inside a "

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from mamlpp_ext.chunks import added_up
+from mamlpp_ext.gather import gathered
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import Tape, checked_count
-from mamlpp_ext.vmapped_loop import Loss, VmappedLoop
+from mamlpp_ext.task_loop import Loss, TaskLoop
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Aggregate = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class TaskBatchResult:
+class TaskBatchResult(NamedTuple):
     """What :func:`task_batch_loss` returns.
 
     Attributes:
@@ -44,6 +48,8 @@ def task_batch_loss(
     second_order: bool = True,
     rematerialize: bool = False,
     chunk_size: int | None = None,
+    all_step_losses: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> TaskBatchResult:
     """Adapts to a meta-batch of tasks at once and returns the meta-loss.
 
@@ -65,7 +71,14 @@ def task_batch_loss(
         rematerialize: keep only each step's weights and rebuild its graph in the backward: memory
             nearly flat in ``num_steps``, for more time. Gradients then reach the model, the rates
             and the batch, not tensors that ``loss_fn`` closes over, and have no graph themselves.
-        chunk_size: how many tasks at once; None for all.
+        chunk_size: how many tasks at once; None for all. The gradients of a chunk are taken before
+            the next begins, so memory is that of one chunk at no cost in time; they then reach and
+            are limited as with ``rematerialize``. ``aggregate`` is applied to each chunk.
+        all_step_losses: whether target losses that do not enter the meta-loss (those of weight 0
+            in a :class:`MultiStepLoss`, all but the last without one) are computed too. False saves
+            their forwards, which then leave no statistics either; in ``step_losses`` they are NaN.
+        process_group: processes that each have as many tasks of one meta-batch; their statistics
+            are gathered, so that each is left with those of all. None: this process alone.
 
     Returns:
         The meta-loss, the step losses and the last logits.
@@ -95,13 +108,31 @@ def task_batch_loss(
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
     _check_layers(model, lslr.names)
     counted = _counted_steps(aggregate, num_steps)
-    inner = VmappedLoop(model, lslr, loss_fn, second_order, rematerialize)
-    parts = zip(*(torch.split(tensor, size) for tensor in batch), strict=True)
-    losses, logits, tapes = zip(*(inner.run(part, counted) for part in parts), strict=True)
-    step_losses = torch.cat(losses)
-    loss = (step_losses[:, -1] if aggregate is None else aggregate(step_losses)).mean()
-    _commit(tapes)
-    return TaskBatchResult(loss, step_losses.detach(), torch.cat(logits).detach())
+    inner = TaskLoop(
+        model,
+        lslr,
+        loss_fn,
+        second_order=second_order,
+        rematerialize=rematerialize,
+        all_step_losses=all_step_losses,
+    )
+    parts = list(zip(*(torch.split(tensor, size) for tensor in batch), strict=True))
+    done: list[tuple[Tensor, Tensor, Tape]] = []
+
+    def losses() -> Iterator[Tensor]:
+        for part in parts:
+            step_losses, logits, tape = inner.run(part, counted)
+            loss = step_losses[:, -1] if aggregate is None else aggregate(step_losses)
+            done.append((step_losses.detach(), logits.detach(), tape))
+            yield loss.mean() * (len(step_losses) / tasks)
+
+    if len(parts) > 1 and torch.is_grad_enabled():
+        loss = added_up(losses(), inner.learned_from(batch))
+    else:
+        loss = torch.stack(list(losses())).sum()
+    all_losses, all_logits, tapes = zip(*done, strict=True)
+    _commit(tapes if process_group is None else gathered(tapes, process_group))
+    return TaskBatchResult(loss, torch.cat(all_losses), torch.cat(all_logits))
 
 
 @torch.no_grad()

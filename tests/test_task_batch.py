@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,7 +35,7 @@ def outcome(net: nn.Module, lslr: mpp.LSLR, batch: tuple[Tensor, ...], **setting
     net, lslr = copy.deepcopy((net, lslr))
     result = run(net, lslr, batch, **settings)
     result.loss.backward()
-    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    values = result._asdict()
     grads = {name: p.grad for name, p in [*net.named_parameters(), *lslr.named_parameters()]}
     return {k: v.detach() for k, v in values.items()}, grads, dict(net.named_buffers())
 
@@ -141,7 +140,7 @@ def test_evaluation_without_gradients(net: nn.Module, lslr: mpp.LSLR, tasks: Any
             twin = copy.deepcopy(net)
             result = run(twin, lslr, tasks, rematerialize=rematerialize)
             assert not result.loss.requires_grad
-            torch.testing.assert_close(vars(result), expected)  # it adapts all the same
+            torch.testing.assert_close(result._asdict(), expected)  # it adapts all the same
             torch.testing.assert_close(dict(twin.named_buffers()), buffers)
 
 
@@ -384,3 +383,49 @@ def test_plain_batchnorms_meaning_is_kept_by_one_row(tasks: Any) -> None:
     net = mpp.convert_batchnorm(plain, 1, extra_steps="last")
     run(net, mpp.LSLR(net, 3), tasks)
     assert net[1].num_batches_tracked.tolist() == [24]
+
+
+@pytest.mark.parametrize("aggregate", [None, mpp.FinalStepLoss(), mpp.MultiStepLoss(3, 0)])
+def test_without_the_losses_that_do_not_count(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, aggregate: Any
+) -> None:
+    values, grads, buffers = outcome(net, lslr, tasks, aggregate=aggregate)
+    fewer, same_grads, fewer_seen = outcome(
+        net, lslr, tasks, aggregate=aggregate, all_step_losses=False
+    )
+    assert fewer["step_losses"][:, :2].isnan().all()
+    for name in ("loss", "logits"):
+        torch.testing.assert_close(fewer[name], values[name])
+    torch.testing.assert_close(fewer["step_losses"][:, 2], values["step_losses"][:, 2])
+    torch.testing.assert_close(same_grads, grads)
+    assert buffers["norm.num_batches_tracked"].tolist() == [8, 8, 8]
+    assert fewer_seen["norm.num_batches_tracked"].tolist() == [4, 4, 8]  # the last target's count
+
+
+def test_losses_that_count_are_always_computed(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
+    common = {"aggregate": mpp.MultiStepLoss(3, 10)}
+    expected = outcome(net, lslr, tasks, **common)
+    torch.testing.assert_close(outcome(net, lslr, tasks, **common, all_step_losses=False), expected)
+
+
+def test_chunks_leave_no_graph_but_the_sum(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
+    whole, parts = run(net, lslr, tasks).loss, run(net, lslr, tasks, chunk_size=1).loss
+    # The function itself, and one accumulator for each of the model's 6 tensors and the rates.
+    assert nodes(parts) == 1 + 6 + 1
+    assert nodes(whole) > 100
+    scaled = torch.autograd.grad(3 * parts + 1, list(net.parameters()))
+    expected = torch.autograd.grad(3 * whole + 1, list(net.parameters()))
+    torch.testing.assert_close(scaled, expected)
+
+
+def test_module_form(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
+    settings = {"num_steps": 3, "aggregate": mpp.MultiStepLoss(3, 10), "chunk_size": 3}
+    expected = outcome(net, lslr, tasks, **settings, second_order=False)
+    module = mpp.TaskBatchLoss(net, lslr, F.cross_entropy, **settings)
+    result = module(*tasks, second_order=False)
+    result.loss.backward()
+    torch.testing.assert_close({k: v.detach() for k, v in result._asdict().items()}, expected[0])
+    torch.testing.assert_close(lslr.rates.grad, expected[1]["rates"])
+    assert set(module.state_dict()) >= {"model.norm.running_mean", "lslr.rates"}
+    module.aggregate.step()
+    assert module(*tasks).loss != result.loss

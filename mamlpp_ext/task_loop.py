@@ -1,12 +1,13 @@
-"""The inner loop of many tasks at once: one vmapped step after the other."""
+"""The inner loop of a chunk of tasks: one task, or several by vmap."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, vmap
 
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.rematerialize import rematerialized
@@ -16,29 +17,47 @@ Params = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class VmappedLoop:
-    """The inner loop of a chunk of tasks, one vmapped step after the other."""
+class TaskLoop:
+    """The inner loop of a chunk of tasks, one step of all of them after the other."""
 
     def __init__(
-        self, model: nn.Module, lslr: LSLR, loss_fn: Loss, second_order: bool, rematerialize: bool
+        self,
+        model: nn.Module,
+        lslr: LSLR,
+        loss_fn: Loss,
+        *,
+        second_order: bool,
+        rematerialize: bool,
+        all_step_losses: bool,
     ) -> None:
         self.model, self.lslr, self.loss_fn = model, lslr, loss_fn
         self.second_order, self.rematerialize = second_order, rematerialize
+        self.all_step_losses = all_step_losses
         self.initial = lslr.parameters_of(model)
         outer = [p for name, p in model.named_parameters() if name not in self.initial]
-        learned = [p for p in (*outer, *lslr.parameters()) if p.requires_grad]
+        self.learned = [p for p in (*outer, *lslr.parameters()) if p.requires_grad]
         # Read in eval mode; in the list, changing them before the backward is an error.
         read = [b for m in model.modules() if not m.training for b in m.buffers(recurse=False)]
-        self.captured = [*learned, *read]
+        self.captured = [*self.learned, *read]
         self.layers = per_step_layers(model).values()
         self.places = _places(model, self.initial)
 
+    def learned_from(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
+        """Returns every tensor that the meta-loss is differentiated by."""
+        return [t for t in (*self.initial.values(), *self.learned, *batch) if t.requires_grad]
+
     def run(self, data: tuple[Tensor, ...], counted: list[bool]) -> tuple[Tensor, Tensor, Tape]:
         """Returns the step losses [T, num_steps], the last logits [T, Q, ...] and the tape."""
+        tasks = len(data[0])
+        single = tasks == 1  # then vmap would only cost
         adapted: Params = dict(self.initial)
+        if single:
+            data = tuple(tensor[0] for tensor in data)
+        else:
+            adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
         losses, tape = [], Tape()
         for step, counts in enumerate(counted):
-            one_step = _Step(self, step, counts, data)
+            one_step = _Step(self, step, counts, data, single)
             if self.rematerialize and torch.is_grad_enabled():
                 learned = [tensor for tensor in data if tensor.requires_grad]
                 captured = [*self.captured, *learned]
@@ -46,7 +65,8 @@ class VmappedLoop:
             else:
                 outputs = one_step(*adapted.values())
             adapted = dict(zip(adapted, outputs, strict=False))
-            loss, logits, *statistics = outputs[len(adapted) :]
+            rest = outputs[len(adapted) :]
+            loss, logits, *statistics = (t.unsqueeze(0) for t in rest) if single else rest
             losses.append(loss)
             tape += zip(one_step.places, statistics[::2], statistics[1::2], strict=True)
         return torch.stack(losses, dim=1), logits, tape
@@ -60,14 +80,18 @@ class _Step:
     """
 
     def __init__(
-        self, inner: VmappedLoop, step: int, counts: bool, data: tuple[Tensor, ...]
+        self, inner: TaskLoop, step: int, counts: bool, data: tuple[Tensor, ...], single: bool
     ) -> None:
         self.inner, self.step, self.counts, self.data = inner, step, counts, data
+        self.single = single
         self.mode = self._mode()
         self.places: list[tuple[nn.Module, int]] = []
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns the updated tensors, the target losses [T], the logits and the statistics."""
+        """Returns the updated tensors, the target losses [T], the logits and the statistics.
+
+        For a single task they are without the dimension T.
+        """
         if self._mode() != self.mode:  # rebuilding the step would compute something else
             raise RuntimeError(
                 "the model was switched between train, eval or frozen_statistics before the "
@@ -75,21 +99,36 @@ class _Step:
             )
         self.places = []
         adapted = dict(zip(self.inner.initial, tensors, strict=True))
-        shared = 0 if self.step else None  # all tasks start from the same initial weights
-        in_dims = (shared, *[0] * len(self.data))
-        with at_step(self.inner.model, self.step):
-            return vmap(self._task, in_dims, randomness="different")(adapted, *self.data)
-
-    def _task(self, adapted: Params, *data: Tensor) -> tuple[Tensor, ...]:
-        x_support, y_support, x_target, y_target = data
+        x_support, y_support, x_target, y_target = self.data
         tracked = torch.is_grad_enabled()
-        # torch.func.grad differentiates all the same; in first order its result has no graph.
-        with torch.set_grad_enabled(tracked and self.inner.second_order):
-            grads, (_, seen) = grad(self._loss, has_aux=True)(adapted, x_support, y_support)
-        updated = self.inner.lslr.update(adapted, grads, self.step)
-        with torch.set_grad_enabled(tracked and self.counts):
-            loss, (logits, seen_later) = self._loss(updated, x_target, y_target)
-        return *updated.values(), loss, logits.detach(), *seen, *seen_later
+        if not tracked:  # evaluation, or a step whose graph is rebuilt later
+            adapted = {name: t.detach().requires_grad_() for name, t in adapted.items()}
+        with at_step(self.inner.model, self.step):
+            with torch.enable_grad():
+                losses, (_, seen) = self._forward(adapted, x_support, y_support)
+                # No loss depends on another task's weights: the sum's gradient is each one's.
+                grads = torch.autograd.grad(
+                    losses.sum(),
+                    [*adapted.values()],
+                    create_graph=tracked and self.inner.second_order,
+                    allow_unused=True,
+                )
+            updated = self.inner.lslr.update(
+                adapted, dict(zip(adapted, grads, strict=True)), self.step
+            )
+            if not (self.counts or self.inner.all_step_losses):
+                nothing = torch.full_like(losses, math.nan)
+                return *updated.values(), nothing, nothing, *seen
+            with torch.set_grad_enabled(tracked and self.counts):
+                losses, (logits, seen_later) = self._forward(updated, x_target, y_target)
+        return *updated.values(), losses, logits.detach(), *seen, *seen_later
+
+    def _forward(
+        self, adapted: Params, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        if self.single:
+            return self._loss(adapted, x, y)
+        return vmap(self._loss, randomness="different")(adapted, x, y)
 
     def _loss(
         self, adapted: Params, x: Tensor, y: Tensor

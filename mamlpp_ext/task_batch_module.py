@@ -1,0 +1,110 @@
+"""The meta-loss as a module, for what wraps modules: DistributedDataParallel and others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.task_batch import Aggregate, TaskBatchResult, task_batch_loss
+from mamlpp_ext.task_loop import Loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class TaskBatchLoss(nn.Module):
+    """:func:`task_batch_loss` as a module that holds the model and its rates.
+
+    Its parameters are the model's and the rates: an optimizer, a ``state_dict`` or a wrapper sees
+    all that is learned. With several processes, each with its share of the tasks,
+    ``DistributedDataParallel(TaskBatchLoss(..., process_group=torch.distributed.group.WORLD))``
+    leaves in every process the gradients and running statistics that one process with all tasks, in
+    the order of the ranks, would have.
+
+    Args:
+        model: the model.
+        lslr: its rates.
+        loss_fn: as in :func:`task_batch_loss`.
+        num_steps: K, the number of inner steps.
+        aggregate: as in :func:`task_batch_loss`; a :class:`MultiStepLoss` goes on by its ``step``.
+        rematerialize: as in :func:`task_batch_loss`.
+        chunk_size: likewise.
+        all_step_losses: likewise.
+        process_group: likewise.
+
+    Raises:
+        ValueError: if ``lslr`` was made for another model.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(3, 2)
+        >>> meta_loss = TaskBatchLoss(
+        ...     net, LSLR(net, num_steps=5), nn.functional.cross_entropy, num_steps=5)
+        >>> labels = torch.tensor([[0, 1, 0, 1]])
+        >>> result = meta_loss(torch.randn(1, 4, 3), labels, torch.randn(1, 4, 3), labels)
+        >>> result.loss.backward()
+        >>> sorted(name for name, _ in meta_loss.named_parameters())
+        ['lslr.rates', 'model.bias', 'model.weight']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lslr: LSLR,
+        loss_fn: Loss,
+        *,
+        num_steps: int,
+        aggregate: Aggregate | None = None,
+        rematerialize: bool = False,
+        chunk_size: int | None = None,
+        all_step_losses: bool = True,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        lslr.parameters_of(model)  # refuses another model's rates now, not in the first forward
+        self.model, self.lslr = model, lslr
+        self.loss_fn, self.num_steps, self.aggregate = loss_fn, num_steps, aggregate
+        self.rematerialize, self.chunk_size = rematerialize, chunk_size
+        self.all_step_losses, self.process_group = all_step_losses, process_group
+
+    def forward(
+        self,
+        x_support: Tensor,
+        y_support: Tensor,
+        x_target: Tensor,
+        y_target: Tensor,
+        *,
+        second_order: bool = True,
+    ) -> TaskBatchResult:
+        """Adapts to a meta-batch and returns its loss, step losses and logits.
+
+        Args:
+            x_support: support inputs, [T, S, ...].
+            y_support: support labels, [T, S, ...].
+            x_target: target inputs, [T, Q, ...].
+            y_target: target labels, [T, Q, ...].
+            second_order: whether to differentiate through the inner gradients, such as
+                ``da.second_order``.
+
+        Returns:
+            As :func:`task_batch_loss`, of this process's tasks.
+
+        Raises:
+            TypeError: as :func:`task_batch_loss`.
+            ValueError: as :func:`task_batch_loss`.
+        """
+        return task_batch_loss(
+            self.model,
+            self.lslr,
+            (x_support, y_support, x_target, y_target),
+            self.loss_fn,
+            num_steps=self.num_steps,
+            aggregate=self.aggregate,
+            second_order=second_order,
+            rematerialize=self.rematerialize,
+            chunk_size=self.chunk_size,
+            all_step_losses=self.all_step_losses,
+            process_group=self.process_group,
+        )
