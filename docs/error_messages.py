@@ -75,8 +75,8 @@ def _said(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr, str]]:
     match node:
         case ast.Raise(exc=ast.Call(func=ast.IfExp() as either, args=[said])):
             yield f"{ast.unparse(either.body)} or {ast.unparse(either.orelse)}", said, function
-        case ast.Raise(exc=ast.Call(func=ast.Name(id=kind), args=[said])) if kind != "SystemExit":
-            yield kind, said, function
+        case ast.Call(func=ast.Name(id=kind), args=[said]) if kind.endswith("Error"):
+            yield kind, said, function  # raised here, or returned to who raises it
         case ast.Call(
             func=ast.Attribute(value=ast.Name(id="error_msgs"), attr="append"), args=[said]
         ):
