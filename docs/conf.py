@@ -6,6 +6,9 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import torch.distributed
+
+import mamlpp_ext.task_batch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "gallery")]
@@ -40,9 +43,16 @@ myst_heading_anchors = 3
 # Every reference has to lead somewhere; inventories/README.md says why these are files.
 nitpicky = True
 nitpick_ignore = [
-    ("py:class", "Adapt"),  # what these two stand for is said beside them
-    ("py:class", "ExtraSteps"),
-    ("py:class", "torchopt.base.GradientTransformation"),  # torchopt does not document it
+    ("py:class", name)
+    for name in (
+        "Adapt",  # these four are explained where they stand
+        "Aggregate",
+        "ExtraSteps",
+        "Loss",
+        "ProcessGroup",  # the others are not documented where they come from
+        "torch.distributed.distributed_c10d.ProcessGroup",
+        "torchopt.base.GradientTransformation",
+    )
 ]
 intersphinx_mapping = {
     name: (url, str(HERE / "inventories" / f"{name}.inv"))
@@ -56,6 +66,8 @@ intersphinx_mapping = {
 # Where torch's own documentation has them, instead of where they are defined.
 torch.nn.Module.__module__ = "torch.nn"
 torch.optim.Optimizer.__module__ = "torch.optim"
+# Imported for type checkers alone, because a torch may be built without it.
+mamlpp_ext.task_batch.ProcessGroup = torch.distributed.ProcessGroup
 # A profiler inside torch, imported along the way, makes every logger print what it logs.
 logging.getLogger("mamlpp_ext").setLevel(logging.WARNING)
 
