@@ -49,7 +49,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info
+	rm -rf $(VENV) build dist docs/_build docs/auto_gallery *.egg-info
 
 # A stamp for each extra, so that a second run installs nothing.
 $(VENV)/.demo: setup.cfg constraints.txt | $(BIN)/python

@@ -186,7 +186,7 @@ class PerStepBatchNorm1d(_PerStepBatchNorm):
 class PerStepBatchNorm2d(_PerStepBatchNorm):
     """Batch normalisation over [N, C, H, W] input with a row for every inner step.
 
-    Equation, arguments, tables, errors and source are those of :class:`PerStepBatchNorm1d`.
+    Equation, arguments, tables and errors are those of :class:`PerStepBatchNorm1d`.
 
     Shape:
         - input and output: [N, C, H, W]
@@ -196,6 +196,9 @@ class PerStepBatchNorm2d(_PerStepBatchNorm):
         >>> norm = PerStepBatchNorm2d(3, num_steps=5)
         >>> norm(torch.randn(8, 3, 4, 4)).shape
         torch.Size([8, 3, 4, 4])
+
+    Source:
+        As :class:`PerStepBatchNorm1d`.
     """
 
     _ranks = (4,)
@@ -205,7 +208,7 @@ class PerStepBatchNorm2d(_PerStepBatchNorm):
 class PerStepBatchNorm3d(_PerStepBatchNorm):
     """Batch normalisation over [N, C, D, H, W] input with a row for every inner step.
 
-    Equation, arguments, tables, errors and source are those of :class:`PerStepBatchNorm1d`.
+    Equation, arguments, tables and errors are those of :class:`PerStepBatchNorm1d`.
 
     Shape:
         - input and output: [N, C, D, H, W]
@@ -215,6 +218,9 @@ class PerStepBatchNorm3d(_PerStepBatchNorm):
         >>> norm = PerStepBatchNorm3d(3, num_steps=5)
         >>> norm(torch.randn(8, 3, 2, 4, 4)).shape
         torch.Size([8, 3, 2, 4, 4])
+
+    Source:
+        As :class:`PerStepBatchNorm1d`.
     """
 
     _ranks = (5,)

@@ -41,6 +41,9 @@ def check_setup(
         The findings, each a sentence that begins with ``on:``, ``off:`` or ``problem:``. What is
         not passed counts as off.
 
+    Raises:
+        TypeError: if ``module`` is not a module.
+
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
         >>> lslr = LSLR(net, num_steps=5)
@@ -50,6 +53,9 @@ def check_setup(
         ...         print(finding.partition(";")[0])
         problem: 1 plain BatchNorm layer is left over ('1')
         problem: the rates of LSLR are not in the meta-optimizer and will never change
+
+    Source:
+        Antoniou et al., "How to train your MAML", ICLR 2019, section 4, for the six improvements.
     """
     return [
         *_about_norm(module, lslr),

@@ -40,6 +40,9 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     Args:
         module: the model, patched or not. Other layers (dropout) keep their mode.
 
+    Raises:
+        TypeError: if ``module`` is not a module.
+
     Example:
         >>> import torch
         >>> import mamlpp_ext as mpp
@@ -48,6 +51,10 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
         ...     _ = net(torch.randn(8, 3))
         >>> net.running_mean.abs().sum()
         tensor(0.)
+
+    Source:
+        The transductive evaluation of the authors' code for "How to train your MAML", which the
+        paper does not speak of.
     """
     clocks = clocks_of(module)
     plain = [

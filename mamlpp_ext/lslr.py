@@ -136,6 +136,7 @@ class LSLR(nn.Module):
             step: the inner step, 0-based.
 
         Raises:
+            TypeError: if ``step`` is not a whole number.
             ValueError: if ``step`` is out of range.
         """
         step = checked_count("step", step, least=0)

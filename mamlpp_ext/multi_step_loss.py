@@ -121,9 +121,15 @@ class MultiStepLoss(EpochSchedule):
 class FinalStepLoss(EpochSchedule):
     """Plain MAML's aggregator, with the interface of :class:`MultiStepLoss`: the last loss counts.
 
+    Attributes:
+        last_epoch: the present epoch, 0 at first; it makes no difference.
+
     Example:
         >>> FinalStepLoss()([torch.tensor(1.0), torch.tensor(3.0)])
         tensor(3.)
+
+    Source:
+        Finn, Abbeel, Levine, "Model-agnostic meta-learning", ICML 2017, algorithm 2.
     """
 
     def __call__(self, step_losses: Sequence[Tensor] | Tensor) -> Tensor:

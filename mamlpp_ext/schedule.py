@@ -28,6 +28,9 @@ class EpochSchedule:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over settings and epoch of another schedule of this class.
 
+        Args:
+            state_dict: what its ``state_dict()`` returned.
+
         Raises:
             TypeError: if an entry is not a whole number.
             ValueError: if entries are missing, unknown or negative, or ``num_steps`` differs. The

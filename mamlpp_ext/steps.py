@@ -126,7 +126,7 @@ def inner_steps(module: nn.Module, num_steps: int) -> Iterator[int]:
         An iterator over 0, 1, ..., ``num_steps - 1``.
 
     Raises:
-        TypeError: if ``num_steps`` is not a whole number.
+        TypeError: if ``module`` is no module or ``num_steps`` no whole number.
         ValueError: if it is below 1, or beyond the rows of a layer with ``extra_steps="error"``.
         RuntimeError: if another loop over the same model began before this one had ended.
 
@@ -136,6 +136,10 @@ def inner_steps(module: nn.Module, num_steps: int) -> Iterator[int]:
         >>> net = mpp.convert_batchnorm(torch.nn.BatchNorm1d(3), num_steps=5)
         >>> [step for step in mpp.inner_steps(net, 5)]
         [0, 1, 2, 3, 4]
+
+    Source:
+        Antoniou et al., "How to train your MAML", ICLR 2019, section 4: the step that per-step
+        statistics, weights and biases are indexed by.
     """
     num_steps = checked_count("num_steps", num_steps)
     _check_rows(module, num_steps - 1)  # now, not at the first next(): a generator would be lazy
@@ -177,7 +181,7 @@ def at_step(module: nn.Module, step: int) -> Iterator[None]:
         step: the inner step, 0-based.
 
     Raises:
-        TypeError: if ``step`` is not a whole number.
+        TypeError: if ``module`` is no module or ``step`` no whole number.
         ValueError: if it is negative, or beyond the rows of a layer with ``extra_steps="error"``.
 
     Example:
@@ -187,6 +191,10 @@ def at_step(module: nn.Module, step: int) -> Iterator[None]:
         >>> with mpp.at_step(net, 4):
         ...     net(torch.randn(8, 3)).shape
         torch.Size([8, 3])
+
+    Source:
+        Antoniou et al., "How to train your MAML", ICLR 2019, section 4: the step that per-step
+        statistics, weights and biases are indexed by.
     """
     step = checked_count("step", step, least=0)
     _check_rows(module, step)

@@ -99,6 +99,9 @@ def task_batch_loss(
         >>> result.loss.backward()
         >>> result.step_losses.shape, result.logits.shape
         (torch.Size([4, 5]), torch.Size([4, 7, 2]))
+
+    Source:
+        Antoniou et al., "How to train your MAML", ICLR 2019, section 4; the loop is that of MAML.
     """
     num_steps = checked_count("num_steps", num_steps)
     tasks = _check_batch(batch)

@@ -47,6 +47,9 @@ class TaskBatchLoss(nn.Module):
         >>> result.loss.backward()
         >>> sorted(name for name, _ in meta_loss.named_parameters())
         ['lslr.rates', 'model.bias', 'model.weight']
+
+    Source:
+        As :func:`task_batch_loss`.
     """
 
     def __init__(

@@ -5,10 +5,14 @@ A message names what it got, what is legal, and what to do about it: the words o
 
 from __future__ import annotations
 
+import copy
 import math
+import runpy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
+from mamlpp_ext import __main__ as command
 
 higher = pytest.importorskip("higher")
 torchopt = pytest.importorskip("torchopt")
@@ -162,6 +167,45 @@ def not_reduced(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+def mismatched() -> nn.Module:
+    layer = nn.BatchNorm1d(4)
+    layer.track_running_stats = False  # and keeps its buffers
+    return layer
+
+
+def tied_norms() -> nn.Module:
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    net[1].weight = net[0].weight
+    return net
+
+
+class Pair(nn.Linear):
+    """A model that returns two things."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), input
+
+
+def convert_inside_frozen(net: Net) -> None:
+    with mpp.frozen_statistics(net):
+        mpp.convert_batchnorm(net, 5)
+
+
+def switch_before_backward(net: Net) -> None:
+    other = copy.deepcopy(net)
+    loss = run(other, rematerialize=True).loss
+    other.eval()
+    loss.backward()
+
+
+def import_without(package: str, adapter: Any) -> None:
+    with mock.patch.dict(sys.modules, {package: None}):
+        runpy.run_path(adapter.__file__)
+
+
 norm1d, norm2d, norm3d = mpp.PerStepBatchNorm1d, mpp.PerStepBatchNorm2d, mpp.PerStepBatchNorm3d
 msl, one = mpp.MultiStepLoss, torch.ones(())
 x1, x2 = torch.ones(4, 4), torch.ones(2, 4, 3, 3)
@@ -199,6 +243,11 @@ COUNTS: dict[str, Row] = {
     "loop 0 steps": (lambda n: mpp.inner_steps(n, 0), ValueError, ("num_steps", "at least 1")),
     "loop -3 steps": (lambda n: mpp.inner_steps(n, -3), ValueError, ("num_steps", "got -3")),
     "loop 2.0 steps": (lambda n: mpp.inner_steps(n, 2.0), TypeError, ("num_steps", "got 2.0")),
+    "loop over parameters": (
+        lambda n: mpp.inner_steps(n.parameters(), 3),
+        TypeError,
+        ("expected the model", "of type generator", "pass the model itself"),
+    ),
     "loop 4 steps on 3 rows": (
         lambda n: mpp.inner_steps(n, 4),
         ValueError,
@@ -349,6 +398,11 @@ RATES: dict[str, Row] = {
         ValueError,
         ("nothing is left to adapt in PerStepBatchNorm1d", "'weight', 'bias'"),
     ),
+    "rates before the model": (
+        lambda n: mpp_higher.LSLROptimizer(n.parameters(), mpp.LSLR(n, 3)),
+        TypeError,
+        ("a torch.nn.Module, got generator", "model first and its LSLR second"),
+    ),
     "update lacks a parameter": (
         lambda n: update(n, without_param="head.bias"),
         KeyError,
@@ -485,6 +539,11 @@ TASK_BATCHES: dict[str, Row] = {
         TypeError,
         ("one 0-dim tensor", "got float"),
     ),
+    "switched before the backward": (
+        switch_before_backward,
+        RuntimeError,
+        ("switched between train, eval or frozen_statistics", "call backward first"),
+    ),
     "losses of other steps": (
         lambda n: run(n, aggregate=msl(2, 10)),
         ValueError,
@@ -584,10 +643,52 @@ CONVERSIONS: dict[str, Row] = {
         ValueError,
         ("'body'", "adapted weights instead of parameters", "convert the original model"),
     ),
+    "rates of the patched": (
+        lambda n: inside_higher(n, lambda net: mpp.LSLR(net, 3)),
+        ValueError,
+        ("adapted weights instead of parameters", "before the loop"),
+    ),
     "inside torchopt": (
         lambda n: inside_torchopt(n, lambda net: mpp.convert_batchnorm(net, 5)),
         ValueError,
         ("'body'", "adapted weights instead of parameters", "convert the original model"),
+    ),
+}
+OUTSIDE: dict[str, Row] = {
+    "command, no colon": (
+        lambda n: command.load_model("my_models"),
+        ValueError,
+        ("'my_models' is not of the form package.module:name",),
+    ),
+    "command, no such name": (
+        lambda n: command.load_model("math:pie"),
+        ImportError,
+        ("module math has no 'pie'", "it defines"),
+    ),
+    "command, no model": (
+        lambda n: command.load_model("math:pi"),
+        TypeError,
+        ("math:pi gave a float", "name a torch.nn.Module", "without arguments"),
+    ),
+    "command, no shape": (
+        lambda n: list(command.describe(n, 3, None, command._read_shape("3x4"))),
+        ValueError,
+        ("--shape", "at least 1", "got '3x4'", "such as 1,28,28"),
+    ),
+    "command, two outputs": (
+        lambda n: list(command.describe(Pair(), 3, None, (3,))),
+        TypeError,
+        ("returned a tuple", "leave --shape out", "wrapper"),
+    ),
+    "higher is not installed": (
+        lambda n: import_without("higher", mpp_higher),
+        ImportError,
+        ("needs the package higher", "pip install 'mamlpp_ext[higher]'"),
+    ),
+    "torchopt is not installed": (
+        lambda n: import_without("torchopt", mpp_torchopt),
+        ImportError,
+        ("needs the package torchopt", "pip install 'mamlpp_ext[torchopt]'"),
     ),
 }
 # The same after which model it is done to.
@@ -621,6 +722,30 @@ OTHER_MODELS: dict[str, tuple[Any, ...]] = {
         lambda n: mpp.convert_batchnorm(n, 5),
         ValueError,
         ("'odd' (LazyBatchNorm1d)", "lazy", "run the model once"),
+    ),
+    "convert flags without buffers": (
+        with_layer(mismatched),
+        lambda n: mpp.convert_batchnorm(n, 5),
+        ValueError,
+        ("'odd' (BatchNorm1d)", "track_running_stats=False with running buffers", "agree first"),
+    ),
+    "convert tied layers": (
+        tied_norms,
+        lambda n: mpp.convert_batchnorm(n, 5),
+        ValueError,
+        ("'0' (BatchNorm1d)", "shares its weight or bias", "parameters of its own"),
+    ),
+    "convert inside frozen_statistics": (
+        plain,
+        convert_inside_frozen,
+        ValueError,
+        ("'norm'", "inside frozen_statistics", "before that context"),
+    ),
+    "task batch of two outputs": (
+        Pair,
+        lambda n: run(n, loss=lambda pair, labels: pair[0].sum()),
+        TypeError,
+        ("must return one tensor, got tuple", "wrap it"),
     ),
     "convert a hooked layer": (
         with_layer(hooked),
@@ -658,7 +783,7 @@ OTHER_MODELS: dict[str, tuple[Any, ...]] = {
 TABLE: dict[str, tuple[Any, ...]] = {
     **{
         name: (per_step, *row)
-        for part in (COUNTS, LAYERS, RATES, TASK_BATCHES, CONTEXTS)
+        for part in (COUNTS, LAYERS, RATES, TASK_BATCHES, CONTEXTS, OUTSIDE)
         for name, row in part.items()
     },
     **{f"losses: {name}": (per_step, *row) for name, row in LOSSES.items()},

@@ -52,6 +52,9 @@ class LSLROptimizer(torch.optim.Optimizer):
         >>> with context as (fnet, diffopt):
         ...     type(diffopt).__name__
         'DifferentiableLSLR'
+
+    Source:
+        The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
 
     def __init__(self, module: nn.Module, lslr: LSLR, second_order: bool = True) -> None:
@@ -63,7 +66,17 @@ class LSLROptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates the parameters in place from their ``.grad``."""
+        """Updates the parameters in place from their ``.grad``.
+
+        Args:
+            closure: computes the loss again, as torch's optimizers take it; None for none.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            ValueError: after more steps than the rates have columns.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -98,6 +111,9 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         ...     _ = diffopt.step(fnet(torch.ones(1, 2)).sum())
         ...     fnet(torch.ones(1, 2)).requires_grad
         True
+
+    Source:
+        The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
 
     def __init__(self, other: LSLROptimizer, *args: Any, **kwargs: Any) -> None:
@@ -215,6 +231,9 @@ def innerloop_ctx(
         ...     nn.functional.mse_loss(fnet(x), y).backward()
         >>> net.weight.grad.shape
         torch.Size([1, 3])
+
+    Source:
+        The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
     optimizer = LSLROptimizer(net, lslr, second_order)
     with (

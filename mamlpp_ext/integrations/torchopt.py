@@ -69,6 +69,9 @@ def lslr_transform(lslr: LSLR) -> GradientTransformation:
         >>> updates, state = transform.update(grads, state, params=params, inplace=False)
         >>> state.step
         1
+
+    Source:
+        The update of :class:`~mamlpp_ext.LSLR`, in the manners of torchopt.
     """
 
     def init(params: Any) -> LSLRState:
@@ -140,6 +143,9 @@ class MetaLSLR(torchopt.MetaOptimizer):
         >>> torchopt.recover_state_dict(net, state)
         >>> lslr.rates.grad.shape
         torch.Size([2, 5])
+
+    Source:
+        The update of :class:`~mamlpp_ext.LSLR`, in the manners of torchopt.
     """
 
     def __init__(self, net: nn.Module, lslr: LSLR, second_order: bool = True) -> None:
@@ -212,6 +218,9 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
         ...     nn.functional.mse_loss(net(x), y).backward()
         >>> net.weight.grad.shape
         torch.Size([1, 3])
+
+    Source:
+        The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
     inner_opt = MetaLSLR(net, lslr, second_order)
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
