@@ -1,12 +1,17 @@
 """How the documentation is built: ``make docs``."""
 
+import sys
 from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "mamlpp_ext"
 author = "The mamlpp_ext maintainers"
 release = metadata.version("mamlpp_ext")
 
 extensions = [
+    "guide_diff",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
