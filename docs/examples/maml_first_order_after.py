@@ -27,13 +27,13 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     def fnet(params, buffers, x):
         return functional_call(net, (params, buffers), x)
 
-    def adapt_to_each(batch, buffers):
+    def adapt_to_each(batch, buffers, create_graph=False):
         losses, all_logits = [], []
         for x_support, y_support, x_target, y_target in zip(*batch, strict=True):
-            params = dict(net.named_parameters())
+            params = lslr.parameters_of(net)
             for step in mpp.inner_steps(net, STEPS):
                 loss = F.cross_entropy(fnet(params, buffers, x_support), y_support)
-                grads = torch.autograd.grad(loss, params.values(), create_graph=da.second_order)
+                grads = torch.autograd.grad(loss, params.values(), create_graph=create_graph)
                 named = dict(zip(params, grads, strict=True))
                 params = lslr.update(params, named, step)
                 losses.append(F.cross_entropy(logits := fnet(params, buffers, x_target), y_target))
@@ -46,8 +46,8 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     for epoch in range(epochs):
         for _ in range(iterations):
             meta_opt.zero_grad()
-            losses, _ = adapt_to_each(train_tasks.sample(), buffers)
-            msl(losses).mean().backward()
+            batch = train_tasks.sample()
+            msl(adapt_to_each(batch, buffers, da.second_order)[0]).mean().backward()
             meta_opt.step()
         accuracy = evaluate(epoch, predict, test_batches)
         msl.step(), da.step(), annealing.step()

@@ -23,13 +23,13 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     def fnet(params, buffers, x):
         return functional_call(net, (params, buffers), x)
 
-    def adapt_to_each(batch, buffers):
+    def adapt_to_each(batch, buffers, create_graph=False):
         losses, all_logits = [], []
         for x_support, y_support, x_target, y_target in zip(*batch, strict=True):
             params = dict(net.named_parameters())
             for _ in range(STEPS):
                 loss = F.cross_entropy(fnet(params, buffers, x_support), y_support)
-                grads = torch.autograd.grad(loss, params.values())
+                grads = torch.autograd.grad(loss, params.values(), create_graph=create_graph)
                 named = dict(zip(params, grads, strict=True))
                 params = {name: p - 0.1 * named[name] for name, p in params.items()}
             losses.append(F.cross_entropy(logits := fnet(params, buffers, x_target), y_target))
@@ -42,8 +42,8 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     for epoch in range(epochs):
         for _ in range(iterations):
             meta_opt.zero_grad()
-            losses, _ = adapt_to_each(train_tasks.sample(), buffers)
-            losses.mean().backward()
+            batch = train_tasks.sample()
+            adapt_to_each(batch, buffers)[0].mean().backward()
             meta_opt.step()
         accuracy = evaluate(epoch, predict, test_batches)
     return accuracy

@@ -19,7 +19,7 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     train_tasks, test_batches = tasks(seed, tests)
     net = conv_net(1, WAYS, filters=32, size=8)
     buffers = dict(net.named_buffers())
-    inner_opt = torchopt.sgd(lr=0.1)
+    params, inner_opt = dict(net.named_parameters()), torchopt.sgd(lr=0.1)
     meta_opt = torch.optim.Adam(net.parameters(), lr=1e-3)
 
     def fnet(params, buffers, x):
@@ -28,15 +28,14 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     def adapt_to_each(batch, buffers, create_graph):
         losses, all_logits = [], []
         for x_support, y_support, x_target, y_target in zip(*batch, strict=True):
-            params = dict(net.named_parameters())
-            state = inner_opt.init(params)
+            fast, state = params, inner_opt.init(params)
             for _ in range(STEPS):
-                loss = F.cross_entropy(fnet(params, buffers, x_support), y_support)
-                grads = torch.autograd.grad(loss, params.values(), create_graph=create_graph)
-                named = dict(zip(params, grads, strict=True))
+                loss = F.cross_entropy(fnet(fast, buffers, x_support), y_support)
+                grads = torch.autograd.grad(loss, fast.values(), create_graph=create_graph)
+                named = dict(zip(fast, grads, strict=True))
                 updates, state = inner_opt.update(named, state, inplace=False)
-                params = torchopt.apply_updates(params, updates, inplace=False)
-            losses.append(F.cross_entropy(logits := fnet(params, buffers, x_target), y_target))
+                fast = torchopt.apply_updates(fast, updates, inplace=False)
+            losses.append(F.cross_entropy(logits := fnet(fast, buffers, x_target), y_target))
             all_logits.append(logits.detach())
         return torch.stack(losses).view(TASKS, -1), torch.stack(all_logits)
 

@@ -43,7 +43,7 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     def adapt_to_each(batch):
         losses, all_logits = [], []
         for x_support, y_support, x_target, y_target in zip(*batch, strict=True):
-            weights = dict(net.named_parameters())
+            weights = lslr.parameters_of(net)
             for step in mpp.inner_steps(net, STEPS):
                 loss = F.cross_entropy(net(x_support, weights), y_support)
                 grads = torch.autograd.grad(loss, weights.values(), create_graph=da.second_order)

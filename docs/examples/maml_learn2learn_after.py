@@ -18,7 +18,7 @@ class MAML(nn.Module):
     def __init__(self, module, lr, first_order=False):
         super().__init__()
         self.module, self.lr, self.first_order = module, lr, first_order
-        self.weights, self.step = dict(module.named_parameters()), 0
+        self.weights, self.step = lr.parameters_of(module), 0
 
     def clone(self, first_order=False):
         return MAML(self.module, self.lr, first_order)

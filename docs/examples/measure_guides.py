@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--guides", nargs="+", choices=GUIDES, default=GUIDES)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--iterations", type=int, default=20, help="training batches an epoch")
+    parser.add_argument("--iterations", type=int, default=10, help="training batches an epoch")
     parser.add_argument("--tests", type=int, default=25, help="test batches")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=DOCS / "guides" / "measured.json")
