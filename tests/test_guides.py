@@ -6,6 +6,8 @@ import difflib
 import doctest
 import functools
 import importlib
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,9 @@ import mamlpp_ext as mpp
 
 EXAMPLES = Path(few_shot.__file__).parent
 PAGES = EXAMPLES.parent / "guides"
+sys.path.insert(0, str(EXAMPLES.parent))
+import guide_diff
+
 LIMITS = {
     "higher": 12,
     "torchopt": 12,
@@ -100,8 +105,20 @@ def test_few_lines_change(name: str) -> None:
         for which in ("before", "after")
     )
     changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
-    assert 0 < sum(line.startswith("+") for line in changes) <= LIMITS[name]
-    assert 0 < sum(line.startswith("-") for line in changes) <= LIMITS[name]
+    added, removed = (sum(line.startswith(sign) for line in changes) for sign in "+-")
+    assert 0 < added <= LIMITS[name]
+    assert 0 < removed <= LIMITS[name]
+    assert guide_diff.count(guide_diff.changes(name)) == (added, removed)  # what its page says
+
+
+def test_every_guide_has_a_page() -> None:
+    pages = "".join(page.read_text() for page in PAGES.glob("*.md"))
+    for name in LIMITS:
+        for shown in (f"{{guide-diff}} {name}\n", f"{{guide-measured}} {name}\n"):
+            assert pages.count(shown) == 1
+        rows, how = guide_diff.measured(name)
+        assert [row[0] for row in rows] == ["", "MAML", "MAML++"]
+        assert "batches of 4 tasks" in how
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -155,3 +172,36 @@ def test_every_after_trains_alike(afters: dict[str, SimpleNamespace]) -> None:
 def test_what_a_page_shows_runs(page: Path) -> None:
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     assert doctest.testfile(str(page), module_relative=False, optionflags=flags).failed == 0
+
+
+@pytest.mark.parametrize("name", ["higher", "torchopt"])
+def test_what_a_page_shows_of_a_loop_runs(name: str, net: torch.nn.Module, task: Any) -> None:
+    """With the names of higher's and torchopt's own examples, three inner steps instead of five."""
+    x_support, y_support, x_target, y_target = task
+    lslr = mpp.LSLR(net, 3)
+    names = {
+        "mpp": mpp,
+        "F": torch.nn.functional,
+        "innerloop_ctx": importlib.import_module(f"mamlpp_ext.integrations.{name}").innerloop_ctx,
+        "net": net,
+        "lslr": lslr,
+        "msl": mpp.MultiStepLoss(3, anneal_epochs=10),
+        "da": mpp.DerivativeOrderAnnealing(1),
+        "x_support": x_support,
+        "y_support": y_support,
+        "x_target": x_target,
+        "y_target": y_target,
+        "x_spt": [x_support],
+        "y_spt": [y_support],
+        "x_qry": [x_target],
+        "y_qry": [y_target],
+        "i": 0,
+        "n_inner_iter": 3,
+        "qry_accs": [],
+        "qry_losses": [],
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (PAGES / f"{name}.md").read_text(), re.DOTALL)
+    for block in blocks:
+        exec(block.replace("inner_steps(net, 5)", "inner_steps(net, 3)"), names)
+    assert blocks
+    assert lslr.rates.grad.abs().sum() > 0

@@ -13,7 +13,7 @@ from guide import STEPS, TASKS, WAYS, evaluate, tasks
 
 
 class MAML(nn.Module):
-    """A model whose clones adapt: the interface of learn2learn's wrapper of this name."""
+    """A model whose clones adapt, with the interface of learn2learn's wrapper of this name."""
 
     def __init__(self, module, lr, first_order=False):
         super().__init__()
