@@ -7,7 +7,6 @@ import doctest
 import functools
 import importlib
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +17,11 @@ import torch
 
 import few_shot
 import guide
+import guide_diff
 import mamlpp_ext as mpp
 
 EXAMPLES = Path(few_shot.__file__).parent
 PAGES = EXAMPLES.parent / "guides"
-sys.path.insert(0, str(EXAMPLES.parent))
-import guide_diff
-
 LIMITS = {
     "higher": 12,
     "torchopt": 12,
