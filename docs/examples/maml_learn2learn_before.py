@@ -19,8 +19,9 @@ class MAML(nn.Module):
         self.module, self.lr, self.first_order = module, lr, first_order
         self.weights, self.step = dict(module.named_parameters()), 0
 
-    def clone(self, first_order=False):
-        return MAML(self.module, self.lr, first_order)
+    def clone(self, first_order=None):
+        chosen = self.first_order if first_order is None else first_order
+        return MAML(self.module, self.lr, chosen)
 
     def adapt(self, loss):
         weights, create_graph = self.weights, not self.first_order
