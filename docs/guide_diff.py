@@ -33,8 +33,8 @@ def count(diff: list[str]) -> tuple[int, int]:
     return added, removed
 
 
-def measured(name: str) -> tuple[list[list[str]], str]:
-    """Returns the rows of a guide's table, the headings first, and how they were measured."""
+def measured(name: str) -> tuple[list[list[str]], str, str]:
+    """Returns the rows of a guide's table, the headings first, what they are of and the command."""
     record = json.loads(MEASURED.read_text(encoding="utf-8"))[name]
     rows = [["", "accuracy (lowest to highest seed)", "processor time of a training batch"]]
     for which, label in (("before", "MAML"), ("after", "MAML++")):
@@ -44,12 +44,16 @@ def measured(name: str) -> tuple[list[list[str]], str]:
         rows.append(
             [label, f"{mean:.1f} % ({low:.1f} to {high:.1f})", f"{sum(times) / len(times):.0f} ms"]
         )
-    iterations = record["epochs"] * record["iterations"]
+    batches, seeds = record["epochs"] * record["iterations"], len(record["after"])
     how = (
-        f"Digits, 5-way 1-shot, {iterations} batches of 4 tasks, {len(record['after'])} seeds, "
-        f"unseen classes, batch statistics; one core, torch {record['torch']}. Made by "
+        f"Digits, 5-way 1-shot, {batches} batches of 4 tasks, {seeds} seeds, unseen classes, batch "
+        f"statistics; one core, torch {record['torch']}. Made by "
     )
-    return rows, how
+    command = (
+        f"python docs/examples/measure_guides.py --epochs {record['epochs']} "
+        f"--iterations {record['iterations']} --tests {record['tests']} --seeds {seeds}"
+    )
+    return rows, how, command
 
 
 class GuideDiff(SphinxDirective):
@@ -80,10 +84,10 @@ class GuideMeasured(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         self.env.note_dependency(str(MEASURED))
-        rows, how = measured(self.arguments[0])
+        rows, how, command = measured(self.arguments[0])
         says = nodes.paragraph()
         says += nodes.Text(how)
-        says += nodes.literal(text="python docs/examples/measure_guides.py")
+        says += nodes.literal(text=command)
         says += nodes.Text(".")
         return [_table(rows), says]
 
