@@ -46,7 +46,7 @@ def measured(name: str) -> tuple[list[list[str]], str, str]:
         )
     batches, seeds = record["epochs"] * record["iterations"], len(record["after"])
     how = (
-        f"Digits, 5-way 1-shot, {batches} batches of 4 tasks, seeds: {seeds}, unseen classes, batch "
+        f"Digits, 5-way 1-shot, {batches} batches of 4 tasks, {seeds} seeds, unseen classes, batch "
         f"statistics; one core, torch {record['torch']}. Made by "
     )
     command = (
