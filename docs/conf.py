@@ -19,6 +19,7 @@ release = metadata.version("mamlpp_ext")
 
 extensions = [
     "error_messages",
+    "guide_diff",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",

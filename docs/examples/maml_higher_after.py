@@ -1,33 +1,27 @@
-"""Few-shot handwriting with higher: ``_before`` is MAML as usually written, ``_after`` MAML++.
-
-Twelve lines differ. Both are measured with batch statistics, as is usual.
-"""
+"""Few-shot handwriting with higher: ``_before`` is MAML, ``_after`` MAML++."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import mamlpp_ext as mpp
-from few_shot import Batch, TaskSampler, conv_net, load, mean_and_interval, task_accuracies
+from few_shot import conv_net
+from guide import STEPS, TASKS, WAYS, evaluate, tasks
 from mamlpp_ext.integrations.higher import innerloop_ctx
 
-WAYS, SHOTS, TARGETS, TASKS, STEPS, EPOCHS = 5, 1, 5, 4, 5, 10
 
-
-def main(iterations: int = 20, test_batches: int = 25, path: str | None = None) -> float:
-    """Trains for ``EPOCHS`` times ``iterations``; returns the accuracy on unseen classes."""
-    torch.manual_seed(0)
-    data = load(path)
-    train_tasks = TaskSampler(data.train, WAYS, SHOTS, TARGETS, TASKS, seed=0)
-    net = mpp.convert_batchnorm(conv_net(1, WAYS, 32, data.train.shape[-1]), STEPS)
+def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0) -> float:
+    """Returns the accuracy on unseen classes after ``epochs`` times ``iterations``."""
+    torch.manual_seed(seed)
+    train_tasks, test_batches = tasks(seed, tests)
+    net = mpp.convert_batchnorm(conv_net(1, WAYS, filters=32, size=8), STEPS)
     lslr = mpp.LSLR(net, STEPS, lr=0.1)
     meta_opt = torch.optim.Adam([*net.parameters(), *lslr.parameters()], lr=1e-3)
     msl, da = mpp.MultiStepLoss(STEPS, anneal_epochs=3), mpp.DerivativeOrderAnnealing(1)
-    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(meta_opt, EPOCHS, eta_min=1e-5)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(meta_opt, epochs, eta_min=1e-5)
 
-    def adapt_to_each(batch: Batch, train: bool) -> tuple[Tensor, Tensor]:
+    def adapt_to_each(batch, train):
         losses, all_logits = [], []
         for x_support, y_support, x_target, y_target in zip(*batch, strict=True):
             with innerloop_ctx(
@@ -37,19 +31,18 @@ def main(iterations: int = 20, test_batches: int = 25, path: str | None = None) 
                     diffopt.step(F.cross_entropy(fnet(x_support), y_support))
                     losses.append(F.cross_entropy(logits := fnet(x_target), y_target))
                 all_logits.append(logits.detach())
-        return torch.stack(losses), torch.stack(all_logits)
+        return torch.stack(losses).view(TASKS, -1), torch.stack(all_logits)
 
-    for epoch in range(EPOCHS):
+    def predict(batch):
+        return adapt_to_each(batch, train=False)[1]
+
+    for epoch in range(epochs):
         for _ in range(iterations):
             meta_opt.zero_grad()
             losses, _ = adapt_to_each(train_tasks.sample(), train=True)
-            msl(losses.view(TASKS, STEPS)).mean().backward()
+            msl(losses).mean().backward()
             meta_opt.step()
-        test_tasks = TaskSampler(data.test, WAYS, SHOTS, TARGETS, TASKS, seed=1)
-        batches = [test_tasks.sample() for _ in range(test_batches)]
-        right = [task_accuracies(adapt_to_each(b, train=False)[1], b[3]) for b in batches]
-        accuracy, interval = mean_and_interval(torch.cat(right))
-        print(f"epoch {epoch}: accuracy {100 * accuracy:.1f} ± {100 * interval:.1f} %")
+        accuracy = evaluate(epoch, predict, test_batches)
         msl.step(), da.step(), annealing.step()
     return accuracy
 
