@@ -54,6 +54,7 @@ ASK = (
 def tester(where: Path) -> Iterator[None]:
     """Answers every ``ASK`` in the folder ``where`` with the exit status of the tests."""
     import higher  # noqa: F401
+    import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torchopt  # noqa: F401
 
@@ -82,11 +83,16 @@ def run_tests(where: Path, asking: socket.socket) -> None:
     os.chdir(where)
     sys.path.insert(0, str(where))  # before the package that is installed
     module = asking.recv(99).decode()
-    tests = [f"mamlpp_ext/{module}.py", *(f"tests/test_{n}.py" for n in TESTS[module].split())]
+    tests = [
+        *(f"tests/test_{name}.py" for name in TESTS[module].split()),
+        f"mamlpp_ext/{module}.py",
+    ]
+    again = "ignore::pytest.PytestAssertRewriteWarning"  # plugins that the last file had imported
+    options = ["-x", "-q", "-W", again, "-p", "no:cacheprovider", "-p", "no:benchmark"]
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *tests])
-    asking.send(str(int(code)).encode())
+        failed = any(pytest.main([*options, file]) for file in tests)  # most fail in the first
+    asking.send(str(int(failed)).encode())
     os._exit(0)
 
 
