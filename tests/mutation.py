@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 120  # seconds for the tests of one change
 # The tests that could notice, by module; the quickest to notice first.
 TESTS = {
-    "derivative_order": "derivative_order multi_step_loss",
+    "derivative_order": "derivative_order multi_step_loss errors",
     "schedule": "derivative_order multi_step_loss",
     "multi_step_loss": "multi_step_loss errors",
     "lslr": "lslr errors higher torchopt findings",

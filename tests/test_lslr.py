@@ -258,6 +258,11 @@ def test_a_table_of_other_steps_is_refused(net: nn.Module, lslr: mpp.LSLR, uncha
         lslr.load_state_dict(mpp.LSLR(net, 5).state_dict())
 
 
+def test_a_table_of_many_steps_is_loaded(net: nn.Module) -> None:
+    one, two = mpp.LSLR(net, 1000, lr=0.7), mpp.LSLR(net, 1000)
+    torch.testing.assert_close(saved_and_loaded(one, two).rates, one.rates)
+
+
 def test_rates_are_the_only_parameters(net: nn.Module, lslr: mpp.LSLR) -> None:
     # The model's own parameters, which it remembers, must not reach the meta-optimizer twice.
     assert [name for name, _ in lslr.named_parameters()] == ["rates"]
