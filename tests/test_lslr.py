@@ -220,7 +220,7 @@ def test_a_table_of_more_names_is_refused(net: nn.Module, lslr: mpp.LSLR, unchan
 
 
 def test_rates_of_another_shape_are_refused(lslr: mpp.LSLR, unchanged: Any) -> None:
-    for rates in (torch.ones(()), torch.ones(3), torch.ones(3, 3, 4)):
+    for rates in (torch.ones(()), torch.ones(3), torch.ones(4, 5, 2)):
         state = {**lslr.state_dict(), "rates": rates}
         with unchanged(lslr), pytest.raises(RuntimeError, match="size mismatch for rates"):
             lslr.load_state_dict(state)
@@ -232,10 +232,21 @@ def test_the_dtype_of_the_first_adapted_parameter_decides() -> None:
     assert mpp.LSLR(net, 2, adapt="1.*").rates.dtype == torch.float64
 
 
-@pytest.mark.parametrize("lr", [torch.inf, -torch.inf, torch.nan, -1e-9])
+@pytest.mark.parametrize("lr", [float("inf"), -torch.inf, torch.nan, -1e-9])
 def test_a_rate_that_is_not_finite_or_negative_is_refused(net: nn.Module, lr: float) -> None:
     with pytest.raises(ValueError, match="lr must be a finite number of at least 0"):
         mpp.LSLR(net, 3, lr=lr)
+
+
+def test_a_gradient_of_another_shape_is_refused(net: nn.Module, lslr: mpp.LSLR) -> None:
+    params, grads = random_grads(net)
+    for shape in ((), (1,), (3, 4), (1, 4, 3)):  # some would broadcast, some make it larger
+        with pytest.raises(ValueError, match=r"the gradient of 'body.weight' has shape"):
+            lslr.update(params, {**grads, "body.weight": torch.ones(shape)}, 0)
+
+
+def test_the_rate_of_the_paper_is_the_default(net: nn.Module) -> None:
+    assert mpp.LSLR(net, 2).rates.unique().tolist() == [0.1]
 
 
 def test_tensors_are_known_by_identity(net: nn.Module, lslr: mpp.LSLR) -> None:
@@ -254,8 +265,9 @@ def test_a_table_in_another_order_is_refused(unchanged: Any) -> None:
 
 
 def test_a_table_of_other_steps_is_refused(net: nn.Module, lslr: mpp.LSLR, unchanged: Any) -> None:
-    with unchanged(lslr), pytest.raises(RuntimeError, match=r"rates|num_steps"):
-        lslr.load_state_dict(mpp.LSLR(net, 5).state_dict())
+    for steps in (2, 5):
+        with unchanged(lslr), pytest.raises(RuntimeError, match=f"num_steps={steps}, this LSLR"):
+            lslr.load_state_dict(mpp.LSLR(net, steps).state_dict())
 
 
 def test_a_table_of_many_steps_is_loaded(net: nn.Module) -> None:
