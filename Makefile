@@ -1,5 +1,6 @@
 # make demo   MAML against MAML++ on few-shot handwriting; make help lists what it takes
 # make test   everything that has to pass
+# make test-deep   the property tests on many more random models
 # make docs   the documentation, in docs/_build
 # make ablation DATA=...   the paper's ablation, resumable
 
@@ -17,7 +18,7 @@ ABLATION_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) \
 	$(call flag,MINUTES,minutes) $(call flag,WAYS,ways) $(call flag,SHOTS,shots) \
 	$(call flag,STEPS,steps) $(call flag,FILTERS,filters) $(call flag,OUT,out)
 
-.PHONY: help demo test docs ablation clean
+.PHONY: help demo test test-deep docs ablation clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +28,8 @@ help:
 	@echo '            MINUTES= WAYS= SHOTS= STEPS= FILTERS= SEED= OUT='
 	@echo '            ARGS="..."        further flags of docs/examples/demo.py (ARGS=--help)'
 	@echo 'make test   ruff, mypy, tests and doctests; ARGS="..." goes to pytest'
+	@echo 'make test-deep   the property tests alone, with EXAMPLES=1000 random cases each; a failure is'
+	@echo '            kept in .hypothesis/ and tried first the next time'
 	@echo 'make docs   writes docs/_build/index.html; warnings are errors'
 	@echo 'make ablation DATA=path   MAML, each part of MAML++ alone, all together; resumable, results in'
 	@echo '            ablation/; ARGS="..." goes to benchmarks/ablation.py (ARGS=--help)'
@@ -44,6 +47,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+test-deep: $(VENV)/.test
+	EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest tests/test_properties.py \
+		--hypothesis-profile=deep --hypothesis-show-statistics $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build

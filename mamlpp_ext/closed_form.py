@@ -70,7 +70,10 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Te
     tensor = (
         tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     )
-    return tensor.movedim(0, channel).flatten(channel, channel + 1)
+    folded = tensor.movedim(0, channel).flatten(channel, channel + 1)
+    # One channel expanded to many stays a view of stride 0, and torch's CPU kernels read weights
+    # and statistics as if they were contiguous (2.13: wrong gradients in channels_last, no error).
+    return folded if channel else folded.contiguous()
 
 
 def _unfold(tensor: Tensor | None, size: int, channel: int) -> Tensor | None:

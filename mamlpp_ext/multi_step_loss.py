@@ -106,7 +106,7 @@ class MultiStepLoss(EpochSchedule):
 
         Returns:
             A 0-dim tensor, or [...]. Steps of weight 0 do not enter it: no gradient is computed
-            for them.
+            for them, and one that is NaN does not spoil the rest. NaN at a step that counts does.
 
         Raises:
             TypeError: if ``step_losses`` holds anything but tensors.

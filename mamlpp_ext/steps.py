@@ -17,6 +17,19 @@ ExtraSteps = Literal["error", "last"]
 Tape = list[tuple[tuple[nn.Module, int], Tensor, Tensor]]
 
 
+class Freeze:
+    """One ``frozen_statistics`` context. A copy of a model made inside holds this very object."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Freeze:
+        return self
+
+    def __getstate__(self) -> dict[str, bool]:
+        return {"open": False}  # of a pickle: no context is open where it is loaded
+
+
 class InnerStep:
     """The position in the inner loop, shared by the per-step layers of one model.
 
@@ -25,7 +38,7 @@ class InnerStep:
 
     Attributes:
         index: the current inner step, 0-based; 0 until a loop drives it.
-        frozen: how many ``frozen_statistics`` contexts are open.
+        freezes: the ``frozen_statistics`` contexts that it is, or its original was, inside of.
         tape: where :func:`~mamlpp_ext.task_batch_loss` collects batch statistics instead of having
             them written at once, which ``torch.func`` transforms cannot do; otherwise None.
         driver: the loop that moves ``index`` at present.
@@ -33,9 +46,14 @@ class InnerStep:
 
     def __init__(self) -> None:
         self.index = 0
-        self.frozen = 0
+        self.freezes: list[Freeze] = []
         self.tape: Tape | None = None
         self.driver: object | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a ``frozen_statistics`` context is open."""
+        return any(freeze.open for freeze in self.freezes)
 
     def __repr__(self) -> str:
         return f"InnerStep(index={self.index})"

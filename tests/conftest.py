@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -18,6 +20,15 @@ ROWS = 3
 
 # The tensors are tiny: more threads only wait for each other, for minutes on a busy machine.
 torch.set_num_threads(1)
+
+
+# Of the property tests: quick by default, the same examples every time; deep with make test-deep.
+slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=15, derandomize=True, **slow)
+settings.register_profile(
+    "deep", max_examples=int(os.environ.get("EXAMPLES", "1000")), print_blob=True, **slow
+)
+settings.load_profile("quick")
 
 
 @pytest.fixture

@@ -187,18 +187,72 @@ def test_travels_in_a_checkpoint_with_the_model(net: nn.Module, lslr: mpp.LSLR) 
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_table_of_other_names_is_refused(net: nn.Module, strict: bool, unchanged: Any) -> None:
-    lslr = mpp.LSLR(net, 3, adapt=["body.*"])  # as many names, so that the rates would fit
-    other = mpp.LSLR(net, 3, lr=0.7, adapt=["body.bias", "head.weight"]).state_dict()
+@pytest.mark.parametrize("first", ["body", "head"])  # whichever sorts first
+def test_a_table_of_other_names_is_refused(
+    net: nn.Module, strict: bool, first: str, unchanged: Any
+) -> None:
+    # As many names in each, so that the rates would fit.
+    adapts = {"body": ["body.*"], "head": ["body.bias", "head.weight"]}
+    lslr = mpp.LSLR(net, 3, adapt=adapts.pop(first))
+    other = mpp.LSLR(net, 3, lr=0.7, adapt=adapts.popitem()[1])
+    gone, new = (set(a.names) - set(b.names) for a, b in ((other, lslr), (lslr, other)))
     with unchanged(lslr), pytest.raises(RuntimeError) as error:
-        lslr.load_state_dict(other, strict=strict)
+        lslr.load_state_dict(other.state_dict(), strict=strict)
     for words in (
-        "only there 'head.weight'",
-        "only in this LSLR 'body.weight'",
+        f"only there '{gone.pop()}'",
+        f"only in this LSLR '{new.pop()}'",
         "nothing was loaded",
         "Build the LSLR from the model and with the adapt",
     ):
         assert words in str(error.value)
+    assert "order" not in str(error.value)
+
+
+def test_a_table_of_more_names_is_refused(net: nn.Module, lslr: mpp.LSLR, unchanged: Any) -> None:
+    fewer = mpp.LSLR(net, 3, adapt="head.*")
+    for one, two in ((lslr, fewer), (fewer, lslr)):
+        with (
+            unchanged(one),
+            pytest.raises(RuntimeError, match=r"'body.weight', 'body.bias'") as error,
+        ):
+            one.load_state_dict(two.state_dict())
+        assert "order" not in str(error.value)
+
+
+def test_rates_of_another_shape_are_refused(lslr: mpp.LSLR, unchanged: Any) -> None:
+    for rates in (torch.ones(()), torch.ones(3), torch.ones(4, 5, 2)):
+        state = {**lslr.state_dict(), "rates": rates}
+        with unchanged(lslr), pytest.raises(RuntimeError, match="size mismatch for rates"):
+            lslr.load_state_dict(state)
+
+
+def test_the_dtype_of_the_first_adapted_parameter_decides() -> None:
+    net = nn.Sequential(nn.Linear(2, 2).float(), nn.Linear(2, 2).double())
+    assert mpp.LSLR(net, 2).rates.dtype == torch.float32
+    assert mpp.LSLR(net, 2, adapt="1.*").rates.dtype == torch.float64
+
+
+@pytest.mark.parametrize("lr", [float("inf"), -torch.inf, torch.nan, -1e-9])
+def test_a_rate_that_is_not_finite_or_negative_is_refused(net: nn.Module, lr: float) -> None:
+    with pytest.raises(ValueError, match="lr must be a finite number of at least 0"):
+        mpp.LSLR(net, 3, lr=lr)
+
+
+def test_a_gradient_of_another_shape_is_refused(net: nn.Module, lslr: mpp.LSLR) -> None:
+    params, grads = random_grads(net)
+    for shape in ((), (1,), (3, 4), (1, 4, 3)):  # some would broadcast, some make it larger
+        with pytest.raises(ValueError, match=r"the gradient of 'body.weight' has shape"):
+            lslr.update(params, {**grads, "body.weight": torch.ones(shape)}, 0)
+
+
+def test_the_rate_of_the_paper_is_the_default(net: nn.Module) -> None:
+    assert mpp.LSLR(net, 2).rates.unique().tolist() == [0.1]
+
+
+def test_tensors_are_known_by_identity(net: nn.Module, lslr: mpp.LSLR) -> None:
+    assert [lslr.name_of(p) for p in net.parameters() if lslr.name_of(p)] == list(lslr.names)
+    assert lslr.name_of(net.norm.weight) is None
+    assert lslr.name_of(net.head.weight.detach().clone()) is None
 
 
 def test_a_table_in_another_order_is_refused(unchanged: Any) -> None:
@@ -211,8 +265,14 @@ def test_a_table_in_another_order_is_refused(unchanged: Any) -> None:
 
 
 def test_a_table_of_other_steps_is_refused(net: nn.Module, lslr: mpp.LSLR, unchanged: Any) -> None:
-    with unchanged(lslr), pytest.raises(RuntimeError, match=r"rates|num_steps"):
-        lslr.load_state_dict(mpp.LSLR(net, 5).state_dict())
+    for steps in (2, 5):
+        with unchanged(lslr), pytest.raises(RuntimeError, match=f"num_steps={steps}, this LSLR"):
+            lslr.load_state_dict(mpp.LSLR(net, steps).state_dict())
+
+
+def test_a_table_of_many_steps_is_loaded(net: nn.Module) -> None:
+    one, two = mpp.LSLR(net, 1000, lr=0.7), mpp.LSLR(net, 1000)
+    torch.testing.assert_close(saved_and_loaded(one, two).rates, one.rates)
 
 
 def test_rates_are_the_only_parameters(net: nn.Module, lslr: mpp.LSLR) -> None:

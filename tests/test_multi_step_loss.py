@@ -122,6 +122,13 @@ def test_settings_travel_in_the_state_dict() -> None:
     assert msl.anneal_epochs == 7  # as with torch's schedulers
 
 
+def test_state_of_many_steps() -> None:
+    state = json.loads(json.dumps(mpp.MultiStepLoss(1000, 7).state_dict()))
+    msl = mpp.MultiStepLoss(1000, 10)
+    msl.load_state_dict(state)  # equal numbers, not the same object
+    assert msl.anneal_epochs == 7
+
+
 @pytest.mark.parametrize(
     "state",
     [

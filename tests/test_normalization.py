@@ -109,6 +109,16 @@ def test_vmap_equals_a_loop_over_tasks(in_dims):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
 
 
+def test_vmap_over_a_single_channel_in_channels_last():
+    # A weight that the tasks share becomes a view of stride 0, which torch's kernels read past.
+    x, weight, bias = draw((4, 5, 2, 3, 1))[0].detach().permute(3, 0, 4, 1, 2), *draw((2, 1))[1:]
+
+    def slope(x):
+        return grad(lambda x: (batch_normalize(x, weight, bias, 1e-3)[0] ** 3).sum())(x)
+
+    torch.testing.assert_close(vmap(slope)(x), torch.stack([slope(task) for task in x]))
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
 def test_float32_is_as_accurate_as_torch_for_a_large_mean(offset):
     x = torch.randn(5, 4, 28, 28, generator=torch.Generator().manual_seed(2)) + offset

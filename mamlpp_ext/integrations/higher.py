@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.exclusive import alone
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import kept_step
 
@@ -221,6 +222,7 @@ def innerloop_ctx(
 
     Raises:
         ValueError: if ``lslr`` was made for another model, or ``net`` is patched already.
+        RuntimeError: if another ``innerloop_ctx`` on ``net`` is open.
 
     Example:
         >>> import mamlpp_ext as mpp
@@ -237,6 +239,7 @@ def innerloop_ctx(
     """
     optimizer = LSLROptimizer(net, lslr, second_order)
     with (
+        alone(net),
         kept_step(net),
         higher.innerloop_ctx(
             net,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.exclusive import alone
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import kept_step
 
@@ -207,7 +208,8 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
         The :class:`MetaLSLR` of this inner loop.
 
     Raises:
-        ValueError: if ``lslr`` was made for another model, or ``net`` is inside an inner loop.
+        ValueError: if ``lslr`` was made for another model, or ``net`` holds adapted weights.
+        RuntimeError: if another ``innerloop_ctx`` on ``net`` is open.
 
     Example:
         >>> import mamlpp_ext as mpp
@@ -226,7 +228,7 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
-        with kept_step(net):
+        with alone(net), kept_step(net):
             yield inner_opt
     except BaseException:
         with torch.no_grad():
