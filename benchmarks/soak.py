@@ -30,6 +30,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 SCRIPT = Path(__file__).with_name("ablation.py")
@@ -183,8 +184,8 @@ def draw(report: Record, path: Path) -> None:
     curve.set(xlabel="minutes of training", ylabel="validation accuracy (%)")
     wall = 0.0
     for part in report["stretches"]:
-        seconds, resident = zip(*part["memory_mb"], strict=True)
-        memory.plot([(wall + s) / 60 for s in seconds], resident, color="tab:blue")
+        points = [((wall + second) / 60, mb) for second, mb in part["memory_mb"]]
+        memory.plot(*np.array(points).reshape(-1, 2).T, color="tab:blue")  # killed early: none
         wall += part["wall_seconds"]
         if part["killed"]:
             curve.axvline(part["training_seconds"] / 60, color="tab:red", linestyle=":")
