@@ -39,7 +39,7 @@ class Protocol:
     iterations: int = _setting(5, "meta-iterations of an epoch")
     minutes: float | None = _setting(None, "training time in place of the iterations")
     multi_step_loss: int = _setting(10, "epochs of multi-step loss, where it is on")
-    first_order: int = _setting(50, "first-order epochs, where derivative order is annealed")
+    first_order: int = _setting(5, "first-order epochs, where derivative order is annealed")
     val_every: int = _setting(20, "epochs between validations")
     val_tasks: int = _setting(30, "tasks of a validation")
     test_tasks: int = _setting(600, "tasks of the test")
@@ -55,7 +55,8 @@ class Protocol:
 
 
 PRESETS = {
-    # The meta rate is MAML++'s, chosen on the validation characters; plain MAML prefers 1e-3.
+    # The meta rates, MAML++'s and plain MAML's, and the first-order epochs were chosen on the
+    # validation characters, with a seed that the table does not have: README.md has the figures.
     "reduced": Protocol(),
     # The schedule of the paper; targets and tasks are those of the authors' configuration.
     "paper-omniglot-20way-1shot": Protocol(
@@ -64,6 +65,7 @@ PRESETS = {
         tasks=8,
         iterations=500,
         meta_lr=1e-3,
+        first_order=50,
         eval_targets=1,
         val_tasks=600,
         val_every=1,
