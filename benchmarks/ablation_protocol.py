@@ -55,8 +55,8 @@ class Protocol:
 
 
 PRESETS = {
-    # The meta rates, MAML++'s and plain MAML's, and the first-order epochs were chosen on the
-    # validation characters, with a seed that the table does not have: README.md has the figures.
+    # Chosen on the validation characters: the meta rate for the demonstration; the first-order
+    # epochs and the tuned meta rate with a seed that the table does not have (see README.md).
     "reduced": Protocol(),
     # The schedule of the paper; targets and tasks are those of the authors' configuration.
     "paper-omniglot-20way-1shot": Protocol(
