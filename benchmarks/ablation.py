@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", required=True, help="omniglot28.npz, or a folder of Omniglot's PNGs")
     add("--preset", choices=PRESETS, default="reduced", help="default: %(default)s")
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    add("--rows", nargs="+", choices=ROWS, help="default: all")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
     add("--out", type=Path, default=Path("ablation"), help="folder (default: %(default)s)")
     add(
@@ -145,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     try:
         protocol = read_protocol(flags)
+        flags.rows = flags.rows or protocol.rows()
         check(flags, protocol)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))

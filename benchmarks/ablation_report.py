@@ -15,18 +15,30 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ablation_protocol import TUNED
 from learners import STATISTICS
 
 Record = dict[str, Any]
 # The paper's table 1, Omniglot 20-way 1-shot, in per cent.
 PAPER = {
     "MAML": "91.27",
+    TUNED: "91.27",
     "+MSL": "91.53",
     "+DA": "92.3",
     "+BNRS+BNWB": "95.35",
     "+LSLR": "95.77",
     "+CA": "93.03",
     "MAML++": "97.65",
+}
+LINES: dict[str, dict[str, Any]] = {  # what is compared stands out from the parts between
+    "MAML": {"color": "black", "linewidth": 2},
+    TUNED: {"color": "black", "linewidth": 2, "linestyle": "--"},
+    "+MSL": {"color": "tab:orange"},
+    "+DA": {"color": "tab:green"},
+    "+BNRS+BNWB": {"color": "tab:red"},
+    "+LSLR": {"color": "tab:purple"},
+    "+CA": {"color": "tab:brown"},
+    "MAML++": {"color": "tab:blue", "linewidth": 3},
 }
 
 
@@ -99,7 +111,8 @@ def _header(settings: dict[str, Any], seeds: list[int]) -> list[str]:
     return [
         f"Omniglot, {settings['ways']}-way {settings['shots']}-shot, {settings['filters']} "
         f"filters, {settings['steps']} inner steps, {settings['tasks']} tasks an iteration, "
-        f"{length}, meta rate {settings['meta_lr']:g} in every row; seeds "
+        f"{length}, meta rate {settings['meta_lr']:g} ({settings['tuned_meta_lr']:g} in "
+        f"{TUNED}); seeds "
         f"{', '.join(map(str, seeds))}; {settings['test_tasks']} test tasks; backend "
         f"{settings['backend']}.",
         "",
@@ -124,19 +137,19 @@ def draw_curves(records: list[Record], rows: list[str], path: Path) -> None:
     """Validation accuracy over epochs, a line for each row, a band over its seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained", sharey=True)
     for plot, name in zip(axes, STATISTICS, strict=True):
-        for row, colour in zip(rows, plt.get_cmap("tab10").colors, strict=False):
+        for row in rows:
             points: dict[int, list[float]] = {}  # by epoch: with --minutes, iterations differ
             for r in records:
                 if r["row"] == row and r["kind"] == "validation":
                     points.setdefault(r["epoch"], []).append(100 * r[name]["accuracy"])
             x = sorted(points)
-            plot.plot(x, [statistics.mean(points[i]) for i in x], label=row, color=colour)
+            plot.plot(x, [statistics.mean(points[i]) for i in x], label=row, **LINES[row])
             low, high = ([pick(points[i]) for i in x] for pick in (min, max))
-            plot.fill_between(x, low, high, alpha=0.15, color=colour)
+            plot.fill_between(x, low, high, alpha=0.1, color=LINES[row]["color"], linewidth=0)
         plot.set(xlabel="epoch", title=name.replace("_", " "))
         plot.grid(alpha=0.3)
-    axes[0].set_ylabel("validation accuracy (%)")
-    axes[0].legend()
+    axes[0].set_ylabel("validation accuracy (%), band: range over seeds")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -151,8 +164,10 @@ def draw_rates(record: Record, path: Path) -> None:
     reach = max(float(np.abs(values - start).max()), 1e-6)
     image = axes.imshow(values, cmap="RdBu_r", vmin=start - reach, vmax=start + reach)
     for (line, step), value in np.ndenumerate(values):
-        axes.text(step, line, f"{value:.2f}", ha="center", va="center", fontsize=7)
+        ink = "white" if abs(value - start) > 0.6 * reach else "black"
+        axes.text(step, line, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
     axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(values.shape[1]))
     axes.set(xlabel="inner step", title=f"{record['row']}: inner rates (white: {start:g})")
     axes.set_aspect("auto")
     figure.colorbar(image, ax=axes)
@@ -171,7 +186,7 @@ def draw_norm_weights(record: Record, path: Path) -> None:
     reach = max(float(np.abs(np.array(v) - 1).max()) for v in layers.values())
     for plot, (name, weights) in zip(plots[:, 0], layers.items(), strict=True):
         image = plot.imshow(weights, aspect="auto", cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach)
-        plot.set(ylabel="inner step", title=f"{name}.weight (white: 1)")
+        plot.set(ylabel="inner step", title=f"{name}.weight (white: 1)", yticks=range(len(weights)))
     plots[-1, 0].set_xlabel("channel")
     figure.colorbar(image, ax=plots[:, 0])
     figure.savefig(path, dpi=110)

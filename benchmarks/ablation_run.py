@@ -64,7 +64,7 @@ class AblationRun:
             steps=p.steps,
             inner_lr=p.inner_lr,
             schedules=Schedules(
-                p.epochs, p.multi_step_loss, p.first_order, p.meta_lr, p.final_meta_lr
+                p.epochs, p.multi_step_loss, p.first_order, p.meta_lr_of(row), p.final_meta_lr
             ),
         )
         self.sampler = TaskSampler(data.train, p.ways, p.shots, p.targets, p.tasks, seed)

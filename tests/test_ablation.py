@@ -77,7 +77,7 @@ def numbers(out: Path) -> list[dict[str, Any]]:
 def test_every_row_and_the_report(archive: Path, tmp_path: Path) -> None:
     code, table, errors = finish(start(archive, tmp_path, "--seeds=0"))
     assert code == 0, errors
-    rows = ["MAML", "+MSL", "+DA", "+BNRS+BNWB", "+LSLR", "+CA", "MAML++"]
+    rows = ["MAML", "MAML-tuned", "+MSL", "+DA", "+BNRS+BNWB", "+LSLR", "+CA", "MAML++"]
     records = numbers(tmp_path)
     assert [r["row"] for r in records if r["kind"] == "test"] == rows
     assert len(records) == len(rows) * (3 + 1)
@@ -86,7 +86,7 @@ def test_every_row_and_the_report(archive: Path, tmp_path: Path) -> None:
     assert by_row["MAML"]["rates"] is None
     assert by_row["MAML"]["norm_weights"] == {}
     assert len(by_row["+BNRS+BNWB"]["norm_weights"]["norm1"]) == 2
-    assert by_row["MAML"]["meta_lr"] == 3e-3
+    assert (by_row["MAML"]["meta_lr"], by_row["MAML-tuned"]["meta_lr"]) == (3e-3, 1e-3)
     assert by_row["+CA"]["meta_lr"] < 1e-3
     line = int(table.rsplit("line ", 1)[1].split(" ")[0])
     assert records[line - 1] == by_row["MAML++"]
@@ -195,6 +195,7 @@ def test_paper_preset_is_the_papers() -> None:
     assert (protocol.multi_step_loss, protocol.first_order) == (10, 50)
     assert (protocol.inner_lr, protocol.meta_lr, protocol.final_meta_lr) == (0.1, 1e-3, 1e-5)
     assert protocol.tasks == 2  # a flag wins
+    assert "MAML-tuned" not in protocol.rows()  # its meta rate is plain MAML's too
 
 
 def test_a_time_instead_of_iterations(tmp_path: Path) -> None:
