@@ -50,6 +50,12 @@ def test_weights_over_the_epochs(steps: int, anneal: int) -> None:
     assert (table.diff(dim=0)[:, -1] >= -1e-15).all()
 
 
+@pytest.mark.parametrize("settings", [(0, 0, 1), (2, -1, 1), (2, 0, -1)])
+def test_weights_of_what_is_out_of_range(settings: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least"):
+        mpp.multi_step_loss_weights(*settings)
+
+
 @pytest.mark.parametrize("epoch", [0, 2, 4])
 def test_total_is_the_weighted_sum(epoch: int) -> None:
     msl = mpp.MultiStepLoss(3, 4)
@@ -127,6 +133,7 @@ def test_state_of_many_steps() -> None:
     msl = mpp.MultiStepLoss(1000, 10)
     msl.load_state_dict(state)  # equal numbers, not the same object
     assert msl.anneal_epochs == 7
+    torch.testing.assert_close(msl(torch.ones(1000)), torch.ones(()))
 
 
 @pytest.mark.parametrize(
