@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ablation_protocol import TUNED
+from ablation_protocol import ROWS, TUNED
 from learners import STATISTICS
 
 Record = dict[str, Any]
@@ -29,6 +29,12 @@ PAPER = {
     "+LSLR": "95.77",
     "+CA": "93.03",
     "MAML++": "97.65",
+}
+USERS = {  # which rows a setting matters to, where it is not all
+    "first_order": lambda row: "DA" in ROWS[row],
+    "multi_step_loss": lambda row: "MSL" in ROWS[row],
+    "final_meta_lr": lambda row: "CA" in ROWS[row],
+    "tuned_meta_lr": lambda row: row == TUNED,
 }
 LINES: dict[str, dict[str, Any]] = {  # what is compared stands out from the parts between
     "MAML": {"color": "black", "linewidth": 2},
@@ -49,11 +55,7 @@ def write_report(folder: Path, arguments: list[str]) -> str:
         for file in sorted(folder.glob("runs/*/records.jsonl"))
         for line in file.read_text().splitlines()
     ]
-    if any(record["settings"] != records[0]["settings"] for record in records):
-        raise ValueError(
-            f"the runs in {folder} have several settings, which one table cannot show; give each "
-            "protocol an --out of its own"
-        )
+    _common_settings(records)
     rows = [row for row in PAPER if any(record["row"] == row for record in records)]
     records.sort(key=lambda record: (rows.index(record["row"]), record["seed"]))
     lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -68,13 +70,29 @@ def write_report(folder: Path, arguments: list[str]) -> str:
     return text
 
 
+def _common_settings(records: list[Record]) -> dict[str, Any]:
+    """Returns the settings of all; those that only some rows use may differ in the others."""
+    common: dict[str, Any] = {}
+    for record in records:
+        for name, value in record["settings"].items():
+            users = USERS.get(name)
+            if users is not None and not users(record["row"]):
+                continue
+            if common.setdefault(name, value) != value:
+                raise ValueError(
+                    f"the runs have several values of {name} ({common[name]} and {value}), which "
+                    "one table cannot show; give each protocol an --out of its own"
+                )
+    return common
+
+
 def table(records: list[Record], rows: list[str], arguments: list[str]) -> str:
     """Returns the means over seeds, then each run with the line of its record."""
     tests = [(number, r) for number, r in enumerate(records, 1) if r["kind"] == "test"]
     if not tests:
         return "No run has ended yet.\n"
     lines = [
-        *_header(tests[0][1]["settings"], sorted({r["seed"] for _, r in tests})),
+        *_header(_common_settings(records), sorted({r["seed"] for _, r in tests})),
         "",
         "| row | batch statistics | running statistics | paper (other settings) |",
         "|---|---|---|---|",
@@ -108,12 +126,12 @@ def _header(settings: dict[str, Any], seeds: list[int]) -> list[str]:
     length = f"{settings['epochs']} epochs of {settings['iterations']} iterations"
     if settings["minutes"] is not None:
         length = f"{settings['minutes']:g} minutes"
+    tuned = f" ({settings['tuned_meta_lr']:g} in {TUNED})" if "tuned_meta_lr" in settings else ""
     return [
         f"Omniglot, {settings['ways']}-way {settings['shots']}-shot, {settings['filters']} "
         f"filters, {settings['steps']} inner steps, {settings['tasks']} tasks an iteration, "
-        f"{length}, meta rate {settings['meta_lr']:g} ({settings['tuned_meta_lr']:g} in "
-        f"{TUNED}); seeds "
-        f"{', '.join(map(str, seeds))}; {settings['test_tasks']} test tasks; backend "
+        f"{length}, meta rate {settings['meta_lr']:g}{tuned}; "
+        f"seeds {', '.join(map(str, seeds))}; {settings['test_tasks']} test tasks; backend "
         f"{settings['backend']}.",
         "",
         "Accuracy in per cent: mean over seeds ± 95 % interval over the tasks of a run (range over "

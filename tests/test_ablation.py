@@ -19,6 +19,7 @@ import torch
 
 import ablation
 import ablation_protocol
+import ablation_report
 import ablation_run
 import few_shot
 
@@ -216,8 +217,21 @@ def test_another_protocol_is_refused(archive: Path, tmp_path: Path) -> None:
     assert "take the same ones to go on" in errors
     code, _, other = finish(start(archive, tmp_path, "--seeds=1", "--rows=+CA", "--filters=5"))
     assert code == 1
-    assert "have several settings" in other
+    assert "several values of filters" in other
     assert "made with other settings (there, here): {'filters': (4, 5)}" in errors
+
+
+def test_a_setting_that_a_row_does_not_use_may_differ() -> None:
+    def records(*rows: str) -> list[dict[str, object]]:
+        return [
+            {"row": row, "settings": {"ways": 20, "first_order": epochs}}
+            for epochs, row in enumerate(rows)
+        ]
+
+    common = ablation_report._common_settings
+    assert common(records("MAML", "MAML++", "+CA")) == {"ways": 20, "first_order": 1}
+    with pytest.raises(ValueError, match="first_order"):
+        common(records("+DA", "MAML++"))
 
 
 def test_one_writer_at_a_time(archive: Path, tmp_path: Path) -> None:
