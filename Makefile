@@ -3,6 +3,7 @@
 # make test-deep   the property tests on many more random models
 # make docs   the documentation, in docs/_build
 # make ablation DATA=...   the paper's ablation, resumable
+# make bench   speed and memory against MAML, into benchmarks/README.md
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,7 +19,7 @@ ABLATION_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) \
 	$(call flag,MINUTES,minutes) $(call flag,WAYS,ways) $(call flag,SHOTS,shots) \
 	$(call flag,STEPS,steps) $(call flag,FILTERS,filters) $(call flag,OUT,out)
 
-.PHONY: help demo test test-deep docs ablation clean
+.PHONY: help demo test test-deep docs ablation bench bench-pytest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +34,10 @@ help:
 	@echo 'make docs   writes docs/_build/index.html; warnings are errors'
 	@echo 'make ablation DATA=path   MAML, each part of MAML++ alone, all together; resumable, results in'
 	@echo '            ablation/; ARGS="..." goes to benchmarks/ablation.py (ARGS=--help)'
+	@echo 'make bench  speed and memory against MAML, into benchmarks/README.md (under ten minutes)'
+	@echo '            REFERENCE=path    a checkout of AntreasAntoniou/HowToTrainYourMAMLPytorch'
+	@echo '            ARGS="..."        further flags of benchmarks/compare.py (ARGS=--help)'
+	@echo 'make bench-pytest   every loop, network and order with pytest-benchmark; ARGS goes to pytest'
 	@echo 'make clean  removes the environment and what was built'
 	@echo 'Each makes its own environment in $(VENV), with the versions of constraints.txt.'
 
@@ -41,6 +46,12 @@ demo: $(VENV)/.demo
 
 ablation: $(VENV)/.demo
 	$(BIN)/python benchmarks/ablation.py $(ABLATION_FLAGS) $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/compare.py $(call flag,REFERENCE,reference) $(ARGS)
+
+bench-pytest: $(VENV)/.bench
+	$(BIN)/python -m pytest $(or $(ARGS),$(wildcard benchmarks/test_*.py))
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -65,6 +76,10 @@ $(VENV)/.demo: setup.cfg constraints.txt | $(BIN)/python
 
 $(VENV)/.test: setup.cfg constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.bench: setup.cfg constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[bench]'
 	@touch $@
 
 $(VENV)/.docs: setup.cfg constraints.txt | $(BIN)/python

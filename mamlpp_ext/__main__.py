@@ -62,7 +62,12 @@ def load_model(place: str) -> nn.Module:
     return model
 
 
-def _read_shape(text: str | None) -> tuple[int, ...] | None:
+def read_shape(text: str | None) -> tuple[int, ...] | None:
+    """Returns the shape that ``1,28,28`` means, None for None.
+
+    Raises:
+        ValueError: if ``text`` is not of that form.
+    """
     if text is None:
         return None
     if not all(size.isdecimal() and int(size) for size in text.split(",")):
@@ -125,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     flags = parser.parse_args(arguments)
     try:
-        model, shape = load_model(flags.model), _read_shape(flags.shape)
+        model, shape = load_model(flags.model), read_shape(flags.shape)
         lines = list(describe(model, flags.steps, flags.adapt, shape))
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         parser.error(str(error))

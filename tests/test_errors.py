@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import runpy
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from mamlpp_ext import __main__ as command
+from mamlpp_ext.benchmark import measure
+from mamlpp_ext.benchmark.question import Question, check_logits
 
 higher = pytest.importorskip("higher")
 torchopt = pytest.importorskip("torchopt")
@@ -49,6 +53,11 @@ def per_step() -> nn.Module:
 def frozen() -> nn.Module:
     """A model that nothing can be adapted of."""
     return plain().requires_grad_(False)
+
+
+def without_gpu(net: nn.Module) -> None:
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        Question("module:model", (3,), device="cuda")
 
 
 def with_layer(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -671,7 +680,7 @@ OUTSIDE: dict[str, Row] = {
         ("math:pi gave a float", "name a torch.nn.Module", "without arguments"),
     ),
     "command, no shape": (
-        lambda n: list(command.describe(n, 3, None, command._read_shape("3x4"))),
+        lambda n: list(command.describe(n, 3, None, command.read_shape("3x4"))),
         ValueError,
         ("--shape", "at least 1", "got '3x4'", "such as 1,28,28"),
     ),
@@ -679,6 +688,31 @@ OUTSIDE: dict[str, Row] = {
         lambda n: list(command.describe(Pair(), 3, None, (3,))),
         TypeError,
         ("returned a tuple", "leave --shape out", "wrapper"),
+    ),
+    "benchmark, two outputs": (
+        lambda n: check_logits(Pair(), (torch.randn(1, 5, 3),) * 4, 2),
+        TypeError,
+        ("returned a tuple", "needs logits", "name a wrapper"),
+    ),
+    "benchmark, too few outputs": (
+        lambda n: check_logits(n, (torch.randn(1, 5, 3),) * 4, 3),
+        ValueError,
+        ("shape (5, 2) for 5 inputs", "[5, 3 or more]", "set --ways"),
+    ),
+    "benchmark, no GPU": (
+        without_gpu,
+        ValueError,
+        ("device 'cuda' was asked for", "finds no GPU", "use 'cpu'"),
+    ),
+    "benchmark, too slow": (
+        lambda n: measure.in_fresh_process(time.sleep, 60, seconds=0.01),
+        TimeoutError,
+        ("not done within 0.01 seconds", "allow more"),
+    ),
+    "benchmark, out of memory": (
+        lambda n: measure.in_fresh_process(os._exit, 9, seconds=60),
+        RuntimeError,
+        ("exit code 9", "-9: killed", "fewer tasks or steps"),
     ),
     "higher is not installed": (
         lambda n: import_without("higher", mpp_higher),

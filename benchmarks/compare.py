@@ -1,0 +1,235 @@
+"""Speed and memory of MAML++ against MAML: the ratios, as alternating pairs, and the memory.
+
+    make bench                                  all of it, in under ten minutes on two idle cores
+    make bench REFERENCE=checkout               with the authors' public code too
+    python benchmarks/compare.py --help         every flag
+
+Writes speed.json (every measured number) and speed.png to --out, and the table between the markers
+in --readme. The contenders of a ratio run in turn, A B A B, in one process, and the ratio is taken
+within each round; peak memory is measured in a fresh process for every number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import reference
+from mamlpp_ext.benchmark.__main__ import environment
+from mamlpp_ext.benchmark.measure import alternate, in_fresh_process
+from mamlpp_ext.benchmark.question import Question, memory_and_time
+from problems import PROBLEMS
+
+HERE = Path(__file__).parent
+Contender = tuple[str, str]  # the learner and the loop
+TASK_LOOPS = ("bare torch", "higher", "torchopt")
+BATCH, REMAT = ("MAML++", "task_batch_loss"), ("MAML++", "rematerialised")
+PEERS = [("MAML", "higher"), ("MAML", "torchopt")]
+STEPS, TASKS = (1, 5, 10, 20, 50), (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A ratio of times.
+
+    Attributes:
+        name: what the table calls it.
+        question: the model and tasks.
+        over: whose time is divided.
+        under: by whose; of several, by that of the fastest.
+        goal: what the ratio should not exceed.
+    """
+
+    name: str
+    question: Question
+    over: Contender
+    under: list[Contender]
+    goal: float
+
+
+def pairs(device: str) -> Iterator[Pair]:
+    """Yields every ratio of times but that to the authors' code."""
+    for second_order in (True, False):
+        order = "second" if second_order else "first"
+        for ways in (5, 20):
+            problem = replace(PROBLEMS[f"Conv4-64 {ways}-way"], second_order=second_order)
+            about = f"{ways}-way, {order} order"
+            for loop in TASK_LOOPS:
+                yield Pair(
+                    f"MAML++ / MAML in {loop}, {about}",
+                    replace(problem, tasks=2),
+                    ("MAML++", loop),
+                    [("MAML", loop)],
+                    0.85 if second_order else 1.0,
+                )
+            goal = 1.0 if ways == 20 else 0.7 if second_order else 0.6
+            name = f"task_batch_loss with MAML++ / faster of higher's and torchopt's MAML, {about}"
+            yield Pair(name, problem, BATCH, PEERS, goal)
+    problem = PROBLEMS["Conv4-64 5-way"]
+    for steps in (5, 20):
+        name = f"rematerialised / plain task_batch_loss, K = {steps}"
+        yield Pair(name, replace(problem, steps=steps, tasks=4), REMAT, [BATCH], 1.35)
+    for tasks, times in ((8, 8), (32, 20)) if device != "cpu" else ():
+        name = f"task_batch_loss with MAML++ / higher's MAML, {tasks} tasks"
+        yield Pair(name, replace(problem, tasks=tasks), BATCH, PEERS[:1], 1 / times)
+
+
+def time_pair(pair: Pair, rounds: int) -> dict[str, Any]:
+    """Returns the record of a ratio: every contender's seconds in every round."""
+    prepared = pair.question.prepare()
+    runs = {
+        " in ".join(contender): pair.question.iteration(prepared, *contender)
+        for contender in (pair.over, *pair.under)
+    }
+    seconds = alternate(runs, rounds, pair.question.device)
+    return {"kind": "time", "name": pair.name, "goal": pair.goal, "seconds": seconds}
+
+
+def time_reference(checkout: Path, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
+    """Yields the records of our iterations against the authors' code, from one run."""
+    names = (*reference.OURS, reference.THEIRS)
+    runs = {name: reference.contender(name, checkout, threads) for name in names}
+    first = {name: run() for name, run in runs.items()}
+    if max(first.values()) - min(first.values()) > 1e-4:
+        raise RuntimeError(
+            f"the first losses differ, {first}, so that the iterations do not compute the same; "
+            f"the comparison was made with commit {reference.COMMIT} of the authors' code"
+        )
+    seconds = alternate(runs, rounds, reference.device())
+    for name in reference.OURS:
+        yield {
+            "kind": "time",
+            "name": f"{name}, whole iteration with MSL / the authors' code, 5-way, second order",
+            "goal": 1 / 1.8,
+            "seconds": {n: seconds[n] for n in (name, reference.THEIRS)},
+            "first_losses": first,
+        }
+
+
+def memory_questions(
+    ways: int, tasks: int
+) -> Iterator[tuple[str, Question, Contender, dict[str, int]]]:
+    """Yields what memory and time are drawn over: K, then T."""
+    problem = PROBLEMS[f"Conv4-64 {ways}-way"]
+    plain = [("MAML", loop) for loop in TASK_LOOPS]
+    for steps in STEPS:
+        for contender in (*plain, BATCH, REMAT):
+            question = replace(problem, steps=steps, tasks=tasks)
+            yield " in ".join(contender), question, contender, {"steps": steps}
+    for count in TASKS:
+        question = replace(problem, tasks=count)
+        for contender in (PEERS[0], BATCH, REMAT):
+            yield " in ".join(contender), question, contender, {"tasks": count}
+        name = " in ".join(BATCH) + ", chunk_size=2"
+        yield name, replace(question, chunk_size=2), BATCH, {"tasks": count}
+
+
+def memory_record(
+    name: str, function: Any, *arguments: Any, over: dict[str, int], seconds: float
+) -> dict[str, Any]:
+    """Returns the record of one fresh process: bytes, and the seconds of a warm iteration."""
+    record = {"kind": "memory", "name": name, **over}
+    try:
+        memory, took = in_fresh_process(function, *arguments, seconds=seconds)
+    except (TimeoutError, RuntimeError) as error:
+        return {**record, "failed": str(error)}
+    return {**record, "bytes_before": memory.before, "bytes_peak": memory.peak, "seconds": took}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--threads", type=int, default=2, help="of torch (%(default)s)")
+    add("--rounds", type=int, default=7, help="in which the contenders take turns (%(default)s)")
+    add("--reference", type=Path, help="checkout of AntreasAntoniou/HowToTrainYourMAMLPytorch")
+    add("--device", default="cpu", help="where to compute (%(default)s)")
+    add("--only", choices=("times", "memory", "reference"), help="a part alone (default: all)")
+    add("--memory-ways", type=int, choices=(5, 20), default=5, help="of memory (%(default)s)")
+    add("--memory-tasks", type=int, default=4, help="tasks for memory over K (%(default)s)")
+    add("--limit", type=float, default=60.0, help="seconds for a number of memory (%(default)s)")
+    add("--out", type=Path, default=HERE / "results" / "speed", help="folder (%(default)s)")
+    add("--readme", type=Path, default=HERE / "README.md", help="where the table goes")
+    return parser
+
+
+def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields a record for every measurement that the flags ask for."""
+    fixed = {"device": flags.device, "threads": flags.threads}
+    if flags.only in (None, "times"):
+        for pair in pairs(flags.device):
+            question = replace(pair.question, **fixed)
+            yield time_pair(replace(pair, question=question), flags.rounds)
+    if flags.reference and flags.only in (None, "reference"):
+        yield from time_reference(flags.reference, flags.rounds, flags.threads)
+        run = partial(memory_record, over={}, seconds=flags.limit)
+        for name in (*reference.OURS, reference.THEIRS):
+            where = (name, flags.reference, flags.threads)
+            yield run(f"{name}, MSL", reference.memory_and_time, *where)
+    if flags.only in (None, "memory"):
+        for name, question, contender, over in memory_questions(
+            flags.memory_ways, flags.memory_tasks
+        ):
+            there = replace(question, **fixed)
+            run = partial(memory_record, over=over, seconds=flags.limit)
+            yield run(name, memory_and_time, there, *contender)
+
+
+def processor() -> str:
+    """Returns the name of the processor."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def command(flags: argparse.Namespace) -> str:
+    """Returns the command of this run, without the folders of this machine."""
+    given = vars(flags)
+    plain = vars(make_parser().parse_args([]))
+    words = ["python", "benchmarks/compare.py"]
+    for name, value in given.items():
+        if value != plain[name] and name not in ("out", "readme"):
+            words += [f"--{name.replace('_', '-')}", "PATH" if name == "reference" else str(value)]
+    return shlex.join(words)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = make_parser().parse_args(arguments)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "command": command(flags),
+        **environment(),
+        "processor": processor(),
+        "threads": flags.threads,
+        "seed": Question.seed,
+        "problems": {name: asdict(question) for name, question in PROBLEMS.items()},
+        "memory_ways": flags.memory_ways,
+        "memory_tasks": flags.memory_tasks,
+    }
+    start, records = time.monotonic(), []
+    for record in measure(flags):
+        records.append(record)
+        place = "".join(f", {k} = {record[k]}" for k in ("steps", "tasks") if k in record)
+        name = record["name"] + place
+        print(f"{time.monotonic() - start:5.0f} s  {name}", file=sys.stderr, flush=True)
+        everything = {**about, "minutes": (time.monotonic() - start) / 60, "records": records}
+        (flags.out / "speed.json").write_text(json.dumps(everything, indent=1) + "\n")
+    import speed_report  # not before: its matplotlib would count in the memory of the children
+
+    print(speed_report.write(flags.out, flags.readme))
+
+
+if __name__ == "__main__":
+    main()

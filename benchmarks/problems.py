@@ -1,0 +1,64 @@
+"""The networks and tasks of the speed benchmarks. The loops are those of mamlpp_ext.benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamlpp_ext.benchmark.question import Question
+
+
+def conv4(ways: int, filters: int = 64, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
+    """The network of the papers on Omniglot, for inputs [N, 1, 28, 28]."""
+    layers: list[nn.Module] = []
+    for channels in (1, filters, filters, filters):
+        conv = nn.Conv2d(channels, filters, 3, padding=1)
+        layers += [conv, nn.BatchNorm2d(filters), activation(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, ways))
+
+
+def mlp(ways: int = 5) -> nn.Module:
+    """Two hidden layers with batch norm, for inputs [N, 20]."""
+    hidden = [(20, 64), (64, 64)]
+    layers = [(nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()) for i, o in hidden]
+    return nn.Sequential(*[layer for triple in layers for layer in triple], nn.Linear(64, ways))
+
+
+class ResidualBlock(nn.Module):
+    """Three convolutions beside a 1x1 one, then pooling: a quarter of a ResNet-12."""
+
+    def __init__(self, channels: int, filters: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for source in (channels, filters, filters):
+            conv = nn.Conv2d(source, filters, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(filters), nn.LeakyReLU(0.1)]
+        self.body = nn.Sequential(*layers[:-1])
+        self.skip = nn.Sequential(
+            nn.Conv2d(channels, filters, 1, bias=False), nn.BatchNorm2d(filters)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.leaky_relu(self.body(x) + self.skip(x), 0.1), 2)
+
+
+def resnet12(ways: int = 5, widths: tuple[int, ...] = (64, 128, 256, 512)) -> nn.Module:
+    """ResNet-12 as few-shot papers use it on Mini-ImageNet, for inputs [N, 3, 84, 84]."""
+    blocks = map(ResidualBlock, (3, *widths), widths)
+    head = nn.Linear(widths[-1], ways)
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+conv4_5way, conv4_20way = partial(conv4, 5), partial(conv4, 20)
+# The authors' network has leaky units.
+conv4_leaky = partial(conv4, 5, activation=nn.LeakyReLU)
+
+PROBLEMS = {
+    "Conv4-64 5-way": Question("problems:conv4_5way", (1, 28, 28), ways=5),
+    "Conv4-64 20-way": Question("problems:conv4_20way", (1, 28, 28), ways=20),
+    "MLP": Question("problems:mlp", (20,), ways=5),
+    "ResNet-12": Question("problems:resnet12", (3, 84, 84), ways=5, tasks=1),
+}

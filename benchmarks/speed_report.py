@@ -1,0 +1,182 @@
+"""The table and picture of the speed comparison, from its records.
+
+python benchmarks/speed_report.py           writes both again, without measuring
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
+
+import reference
+from mamlpp_ext.benchmark.measure import MEGABYTE, ratio
+
+Record = dict[str, Any]
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+PLAIN, REMAT = "MAML++ in task_batch_loss", "MAML++ in rematerialised"
+
+
+def write(folder: Path, readme: Path) -> str:
+    """Writes the picture beside the records and the table into ``readme``; returns the table."""
+    found = json.loads((folder / "speed.json").read_text())
+    text = table(found)
+    if any(over in r for r in found["records"] for over in ("steps", "tasks")):
+        draw(found["records"], folder / "speed.png")
+        place = os.path.relpath(folder, readme.parent)
+        text += f"\n![Time and memory over inner steps and over tasks]({place}/speed.png)\n"
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}; put them where it goes")
+    readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    return text
+
+
+def table(found: dict[str, Any]) -> str:
+    """Returns the ratios with their goals, and the measured memory."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    ways = found["memory_ways"]
+    lines = [
+        f"Command: `{found['command']}` ({found['minutes']:.1f} minutes). {found['processor']}, "
+        f"{found['threads']} threads, Python {found['python']}, {versions}; seed {found['seed']}.",
+        "",
+        "| time | ratio: median (quartiles) | best, ms | goal | |",
+        "|---|---|---|---|---|",
+        *map(_time_row, [r for r in found["records"] if r["kind"] == "time"]),
+        "",
+        "| memory | ratio of increases | ratio of peaks | increases, MB | goal | |",
+        "|---|---|---|---|---|---|",
+        *_memory_rows([r for r in found["records"] if r["kind"] == "memory"]),
+        "",
+        *_all_memory(found["records"], "steps", f"K, {ways}-way, {found['memory_tasks']} tasks"),
+        "",
+        *_all_memory(found["records"], "tasks", f"tasks, {ways}-way, K = 5"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def fastest(record: Record) -> tuple[str, str]:
+    """Returns the contender on top of the ratio, and the fastest of those below."""
+    over, *under = record["seconds"]
+    return over, min(under, key=lambda name: statistics.median(record["seconds"][name]))
+
+
+def _time_row(record: Record) -> str:
+    over, under = fastest(record)
+    seconds = record["seconds"]
+    found = ratio(seconds[over], seconds[under])
+    best = f"{1e3 * min(seconds[over]):.0f} / {1e3 * min(seconds[under]):.0f}"
+    chosen = f" ({under})" if len(seconds) > 2 else ""
+    return (
+        f"| {record['name']}{chosen} | {found.median:.3f} ({found.low:.3f} to {found.high:.3f}) "
+        f"| {best} | ≤ {record['goal']:.2f} | {_verdict(found.median, record['goal'])} |"
+    )
+
+
+def _verdict(value: float, goal: float) -> str:
+    return "met" if value <= goal else "**missed**"
+
+
+def _memory_rows(records: list[Record]) -> Iterator[str]:
+    by_place = {
+        (r["name"], r.get("steps")): r for r in records if "tasks" not in r and "failed" not in r
+    }
+    wanted = [
+        ("rematerialised / plain, K = 20", (REMAT, 20), (PLAIN, 20), 0.30),
+        ("rematerialised, K = 50 / K = 5", (REMAT, 50), (REMAT, 5), 1.5),
+    ]
+    theirs = (f"{reference.THEIRS}, MSL", None)
+    wanted += [
+        (
+            f"{name}, whole iteration with MSL / the authors' code",
+            (f"{name}, MSL", None),
+            theirs,
+            0.5,
+        )
+        for name in reference.OURS
+    ]
+    for name, over, under, goal in wanted:
+        if over not in by_place or under not in by_place:
+            yield f"| {name} | not measured | | | ≤ {goal:.2f} | |"
+            continue
+        a, b = by_place[over], by_place[under]
+        value, peaks = _added(a) / _added(b), a["bytes_peak"] / b["bytes_peak"]
+        yield (
+            f"| {name} | {value:.3f} | {peaks:.3f} | {_added(a):.0f} / {_added(b):.0f} "
+            f"| ≤ {goal:.2f} | {_verdict(value, goal)} |"
+        )
+
+
+def _added(record: Record) -> float:
+    return (record["bytes_peak"] - record["bytes_before"]) / MEGABYTE
+
+
+def _all_memory(records: list[Record], over: str, title: str) -> list[str]:
+    """A line for each contender, a column for each K or T: increase (peak), seconds."""
+    chosen = [r for r in records if r["kind"] == "memory" and over in r]
+    if not chosen:
+        return []
+    places = sorted({r[over] for r in chosen})
+    lines = [
+        f"| MB added (peak), ms; over {title} | {' | '.join(map(str, places))} |",
+        "|---" * (len(places) + 1) + "|",
+    ]
+    for name in dict.fromkeys(r["name"] for r in chosen):
+        row = {r[over]: r for r in chosen if r["name"] == name}
+        lines.append(f"| {name} | {' | '.join(_cell(row.get(place)) for place in places)} |")
+    return lines
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return "-"
+    if "failed" in record:
+        return "too long" if "not done within" in record["failed"] else "failed"
+    peak = record["bytes_peak"] / MEGABYTE
+    return f"{_added(record):.0f} ({peak:.0f}), {1e3 * record['seconds']:.0f}"
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """Draws time and memory over K, and over tasks."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    columns = (("steps", "inner steps"), ("tasks", "tasks"))
+    for column, (over, label) in enumerate(columns):
+        chosen = [r for r in records if over in r and "failed" not in r]
+        for name in dict.fromkeys(r["name"] for r in chosen):
+            rows = sorted((r for r in chosen if r["name"] == name), key=lambda r: r[over])
+            places = [r[over] for r in rows]
+            for panel, values in (
+                (panels[0][column], [r["seconds"] for r in rows]),
+                (panels[1][column], [_added(r) for r in rows]),
+            ):
+                panel.plot(places, values, marker="o", markersize=3, label=name)
+        panels[0][column].set(ylabel="seconds a meta-iteration", xlabel=label)
+        panels[1][column].set(ylabel="memory added, MB", xlabel=label)
+        for panel in panels[:, column]:
+            panel.set(xscale="log", yscale="log")
+            places = sorted({r[over] for r in chosen})
+            panel.set_xticks(places, list(map(str, places)))
+            panel.minorticks_off()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.grid(alpha=0.3)
+        if chosen:
+            panels[0][column].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    print(write(here / "results" / "speed", here / "README.md"))

@@ -1,0 +1,116 @@
+"""The contenders of the benchmarks: plain MAML and MAML++ in every library."""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mamlpp_ext.benchmark.per_task import Learner, task_loop
+from mamlpp_ext.convert import convert_batchnorm
+from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.task_batch import task_batch_loss
+
+# x_support [T, S, ...], y_support [T, S], x_target [T, Q, ...], y_target [T, Q]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+BATCHED = {"task_batch_loss": False, "rematerialised": True}  # whether it rematerialises
+LOOPS = ("bare torch", "higher", "torchopt", *BATCHED)
+LEARNERS = ("MAML", "MAML++")
+
+
+def available_loops() -> list[str]:
+    """Returns the names of the loops whose packages are installed."""
+    return [name for name in LOOPS if name not in ("higher", "torchopt") or find_spec(name)]
+
+
+def make_learner(
+    model: nn.Module,
+    learner: str,
+    loop: str,
+    *,
+    steps: int,
+    second_order: bool = True,
+    lr: float = 0.1,
+    chunk_size: int | None = None,
+) -> Learner:
+    """Returns plain MAML or MAML++ around a copy of ``model``, ready for a loop.
+
+    Args:
+        model: with torch's own norm layers, or none.
+        learner: one of ``LEARNERS``.
+        loop: one of ``LOOPS``.
+        steps: inner steps.
+        second_order: whether to differentiate through the inner gradients.
+        lr: the inner rate, for MAML++ the one its learned rates start from.
+        chunk_size: for ``task_batch_loss``.
+    """
+    net, plain = copy.deepcopy(model), learner == "MAML"
+    normed = any(isinstance(layer, _BatchNorm) for layer in net.modules())
+    if normed and not plain:
+        net = convert_batchnorm(net, steps)
+    elif normed and loop in BATCHED:  # nn.BatchNorm's meaning, in a layer that vmap can take
+        net = convert_batchnorm(net, 1, extra_steps="last")
+    lslr = LSLR(net, steps, lr, learnable=not plain, adapt=["*"] if plain else None)
+    return Learner(net, lslr, plain, second_order, lr, chunk_size)
+
+
+class MetaIteration:
+    """One iteration of meta-training, from clearing the gradients to Adam's step.
+
+    Args:
+        loop: one of ``LOOPS``.
+        learner: what it trains.
+        batch: the tasks.
+    """
+
+    def __init__(self, loop: str, learner: Learner, batch: Batch) -> None:
+        self.loop, self.learner, self.batch = loop, learner, batch
+        self.task_loss = None if loop in BATCHED else task_loop(loop, learner)
+        learned = [*learner.net.parameters(), *learner.lslr.parameters()]
+        self.meta_opt = torch.optim.Adam([p for p in learned if p.requires_grad], lr=1e-3)
+
+    def __call__(self) -> None:
+        """Runs it."""
+        self.meta_opt.zero_grad()
+        self.gradient()
+        self.meta_opt.step()
+
+    def gradient(self) -> Tensor:
+        """Adds the meta-gradient to the parameters' ``grad``; returns the mean loss over tasks."""
+        if self.task_loss is None:
+            loss = batch_loss(self.loop, self.learner, self.batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        losses = []
+        for task in zip(*self.batch, strict=True):
+            loss, cut_off = self.task_loss(*task)
+            (loss / len(self.batch[0])).backward()  # type: ignore[no-untyped-call]
+            if cut_off:
+                self._hand_over(cut_off)
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def _hand_over(self, cut_off: tuple[Tensor, ...]) -> None:
+        for p, adapted in zip(self.learner.net.parameters(), cut_off, strict=True):
+            if adapted.grad is not None:
+                p.grad = adapted.grad if p.grad is None else p.grad.add_(adapted.grad)
+
+
+def batch_loss(loop: str, learner: Learner, batch: Batch) -> Tensor:
+    """Returns the mean target loss over tasks, by ``task_batch_loss``."""
+    return task_batch_loss(
+        learner.net,
+        learner.lslr,
+        batch,
+        F.cross_entropy,
+        num_steps=learner.lslr.num_steps,
+        second_order=learner.second_order,
+        rematerialize=BATCHED[loop],
+        chunk_size=learner.chunk_size,
+        all_step_losses=False,
+    ).loss

@@ -1,0 +1,133 @@
+"""What a benchmark asks: a model, tasks of some size, an order of derivatives."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_ext.__main__ import load_model
+from mamlpp_ext.benchmark.loops import Batch, MetaIteration, make_learner
+from mamlpp_ext.benchmark.measure import Memory, peak_bytes, stopwatch
+from mamlpp_ext.steps import checked_count
+
+
+@dataclass(frozen=True)
+class Question:
+    """A model and the tasks it is meta-trained on; small, so that it travels to other processes.
+
+    Attributes:
+        model: where the model is, ``package.module:name``.
+        shape: of one input.
+        ways: classes of a task.
+        shots: support examples of a class.
+        targets: target examples of a class.
+        steps: inner steps.
+        tasks: tasks of a meta-iteration.
+        second_order: whether to differentiate through the inner gradients.
+        chunk_size: how many tasks ``task_batch_loss`` takes at once; None for all.
+        device: where to compute.
+        threads: of torch on the CPU; None leaves them.
+        seed: of the model and the data.
+    """
+
+    model: str
+    shape: tuple[int, ...]
+    ways: int = 5
+    shots: int = 1
+    targets: int = 1
+    steps: int = 5
+    tasks: int = 8
+    second_order: bool = True
+    chunk_size: int | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("ways", "shots", "targets", "steps", "tasks"):
+            checked_count(name, getattr(self, name))
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"device {self.device!r} was asked for, but torch finds no GPU; use 'cpu', or "
+                "install a torch that is built for the GPU's driver"
+            )
+
+    def __str__(self) -> str:
+        order = "second" if self.second_order else "first"
+        return (
+            f"{self.ways}-way {self.shots}-shot, {self.targets} targets a class, inputs "
+            f"{'x'.join(map(str, self.shape))}, {self.steps} inner steps, {self.tasks} tasks, "
+            f"{order} order"
+        )
+
+    def prepare(self) -> tuple[nn.Module, Batch]:
+        """Sets threads and seed; returns the model and the data, noise.
+
+        Raises:
+            TypeError: if the model does not return a tensor.
+            ValueError: if it returns no logits for ``ways`` classes.
+        """
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        torch.manual_seed(self.seed)
+        model = load_model(self.model).to(self.device).train()
+        return model, (*self._examples(self.shots), *self._examples(self.targets))
+
+    def _examples(self, of_each_class: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(self.ways, device=self.device).repeat(of_each_class)
+        inputs = torch.randn(self.tasks, len(labels), *self.shape, device=self.device)
+        return inputs, labels.expand(self.tasks, -1)
+
+    def iteration(
+        self, prepared: tuple[nn.Module, Batch], learner: str, loop: str
+    ) -> MetaIteration:
+        """Returns the meta-iteration of a learner in a loop, on what :meth:`prepare` returned."""
+        model, batch = prepared
+        contender = make_learner(
+            model,
+            learner,
+            loop,
+            steps=self.steps,
+            second_order=self.second_order,
+            chunk_size=self.chunk_size,
+        )
+        return MetaIteration(loop, contender, batch)
+
+
+def check_logits(model: nn.Module, batch: Batch, ways: int) -> None:
+    """Says what is wrong with a model whose outputs are no logits of the task's classes.
+
+    Raises:
+        TypeError: if it does not return a tensor.
+        ValueError: if the tensor is not of shape [examples, ``ways`` or more].
+    """
+    inputs = batch[0][0]
+    with torch.no_grad():
+        logits = copy.deepcopy(model)(inputs)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model returned a {type(logits).__name__}, the benchmark needs logits in a "
+            "tensor; name a wrapper that returns these alone"
+        )
+    if logits.dim() != 2 or len(logits) != len(inputs) or logits.shape[1] < ways:
+        raise ValueError(
+            f"the model returned shape {tuple(logits.shape)} for {len(inputs)} inputs, the "
+            f"benchmark needs logits [{len(inputs)}, {ways} or more]; give it that many outputs, "
+            "or set --ways to what it has"
+        )
+
+
+def memory_and_time(question: Question, learner: str, loop: str) -> tuple[Memory, float]:
+    """Runs two meta-iterations; to be called in a fresh process.
+
+    Returns:
+        The memory, and the seconds of the second iteration.
+    """
+    iteration = question.iteration(question.prepare(), learner, loop)
+    before = peak_bytes(question.device)
+    iteration()
+    seconds = stopwatch(iteration, question.device)
+    return Memory(before, peak_bytes(question.device)), seconds

@@ -1,0 +1,185 @@
+"""The speed comparison in benchmarks/: what it asks, and the table it writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+import compare
+import problems
+import reference
+import speed_report
+from mamlpp_ext.benchmark.measure import Memory
+from mamlpp_ext.benchmark.question import Question
+
+TINY = replace(problems.PROBLEMS["MLP"], tasks=1, steps=1, threads=1)
+
+
+def memory(name: str, increase: int, **over: int) -> dict[str, Any]:
+    return {
+        "kind": "memory",
+        "name": name,
+        "bytes_before": 10**8,
+        "bytes_peak": 10**8 + increase * 10**6,
+        "seconds": 0.5,
+        **over,
+    }
+
+
+def test_networks() -> None:
+    with torch.no_grad():
+        assert problems.conv4_20way()(torch.randn(2, 1, 28, 28)).shape == (2, 20)
+        assert problems.mlp()(torch.randn(2, 20)).shape == (2, 5)
+        net = problems.resnet12(widths=(2, 3, 4, 5))
+        assert net(torch.randn(2, 3, 84, 84)).shape == (2, 5)
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in net.modules()) == 12 + 4
+
+
+def test_a_case_of_every_kind_runs() -> None:
+    assert len(cases.CASES) == 4 * 4 * 2 * 2  # loops, problems, learners, orders
+    for loop in ("bare torch", "task_batch_loss"):
+        one = cases.iteration("MLP", "first", "MAML++", loop, steps=1)
+        assert one.learner.lslr.num_steps == 1
+        assert not one.learner.second_order
+        assert cases.adaptation(one)().dim() == 0
+
+
+def test_what_is_asked() -> None:
+    asked = list(compare.pairs("cpu"))
+    assert len({pair.name for pair in asked}) == len(asked) == 2 * 2 * 4 + 2
+    goals = {pair.name: pair.goal for pair in asked}
+    assert goals["MAML++ / MAML in higher, 20-way, second order"] == 0.85
+    assert goals["MAML++ / MAML in higher, 20-way, first order"] == 1.0
+    name = (
+        "task_batch_loss with MAML++ / faster of higher's and torchopt's MAML, 5-way, first order"
+    )
+    assert goals[name] == 0.6
+    for pair in asked:
+        assert pair.question.second_order != ("first order" in pair.name)
+        assert pair.question.ways == (20 if "20-way" in pair.name else 5)
+    assert [pair.question.tasks for pair in compare.pairs("cuda")][-2:] == [8, 32]
+    memory_asked = list(compare.memory_questions(5, 4))
+    assert {q.steps for _, q, _, over in memory_asked if "steps" in over} == set(compare.STEPS)
+    assert {q.tasks for _, q, _, over in memory_asked if "tasks" in over} == set(compare.TASKS)
+
+
+def test_a_ratio_is_timed() -> None:
+    pair = compare.Pair("name", TINY, ("MAML++", "higher"), [("MAML", "higher")], 0.85)
+    record = compare.time_pair(pair, rounds=2)
+    assert list(record["seconds"]) == ["MAML++ in higher", "MAML in higher"]
+    assert all(len(found) == 2 for found in record["seconds"].values())
+
+
+def test_a_memory_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*arguments: Any, seconds: float) -> Any:
+        raise TimeoutError(f"not done within {seconds:g} seconds")
+
+    monkeypatch.setattr(compare, "in_fresh_process", late)
+    record = compare.memory_record("a", print, over={"steps": 50}, seconds=60.0)
+    assert record["failed"] == "not done within 60 seconds"
+    assert speed_report._cell(record) == "too long"
+
+
+def test_report(tmp_path: Path) -> None:
+    about = {
+        "command": "python benchmarks/compare.py",
+        "minutes": 9.0,
+        "processor": "abacus",
+        "threads": 2,
+        "python": "3",
+        "versions": {"torch": "2"},
+        "seed": 0,
+        "memory_ways": 5,
+        "memory_tasks": 4,
+    }
+    times = {"x": [1.0, 1.0, 1.0], "slow": [1.0, 3.0, 3.0], "fast": [1.25, 2.0, 2.0]}
+    records = [
+        {"kind": "time", "name": "good", "goal": 0.7, "seconds": times},
+        {"kind": "time", "name": "bad", "goal": 0.4, "seconds": times},
+        memory(speed_report.PLAIN, 500, steps=20),
+        memory(speed_report.REMAT, 100, steps=20),
+        memory(speed_report.REMAT, 50, steps=5),
+        memory(speed_report.REMAT, 90, steps=50),
+        memory(speed_report.REMAT, 10**6, tasks=16),
+        {"kind": "memory", "name": "MAML in higher", "steps": 50, "failed": "not done within 6"},
+    ]
+    (tmp_path / "speed.json").write_text(json.dumps({**about, "records": records}))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{speed_report.BEGIN}\nold\n{speed_report.END}\nbelow\n")
+    text = speed_report.write(tmp_path, readme)
+    assert "| good (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 | ≤ 0.70 | met |" in text
+    assert "| bad (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 | ≤ 0.40 | **missed** |" in text
+    assert "| rematerialised / plain, K = 20 | 0.200 | 0.333 | 100 / 500 | ≤ 0.30 | met |" in text
+    assert (
+        "| rematerialised, K = 50 / K = 5 | 1.800 | 1.267 | 90 / 50 | ≤ 1.50 | **missed**" in text
+    )
+    assert "authors' code | not measured |" in text
+    assert "| MAML in higher | - | - | too long |" in text
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+    written = readme.read_text()
+    assert written.startswith(f"above\n{speed_report.BEGIN}\nCommand: ")
+    assert written.endswith(f"{speed_report.END}\nbelow\n")
+    assert "old" not in written
+    assert speed_report.write(tmp_path, readme) == text
+    assert readme.read_text() == written  # twice is once
+
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="lacks the markers <!-- speed:begin -->"):
+        speed_report.write(tmp_path, readme)
+
+
+def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = compare.Pair("name", TINY, ("MAML++", "higher"), [("MAML", "higher")], 0.85)
+    monkeypatch.setattr(compare, "pairs", lambda device: [pair])
+    monkeypatch.setattr(
+        compare, "in_fresh_process", lambda *a, seconds: (Memory(10**8, 2 * 10**8), 0.1)
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(speed_report.BEGIN + speed_report.END)
+    out = tmp_path / "results"
+    flags = [f"--out={out}", f"--readme={readme}", "--threads=1", "--rounds=1"]
+    compare.main(flags)
+    found = json.loads((out / "speed.json").read_text())
+    assert found["command"] == "python benchmarks/compare.py --threads 1 --rounds 1"
+    assert len(found["records"]) == 1 + 5 * 5 + 5 * 4
+    assert "![Time and memory" in readme.read_text()
+
+
+def test_reference_needs_a_checkout(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="give a checkout of AntreasAntoniou/HowToTrain"):
+        reference.contender(reference.THEIRS, tmp_path)
+    flags = compare.make_parser().parse_args(["--reference=elsewhere", "--only=reference"])
+    assert compare.command(flags) == (
+        "python benchmarks/compare.py --reference PATH --only reference"
+    )
+
+
+def test_reference_must_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = dict.fromkeys(reference.OURS, 1.5)
+    monkeypatch.setattr(
+        reference, "contender", lambda name, *rest: lambda: losses.get(name, losses["theirs"])
+    )
+    losses["theirs"] = 1.5
+    records = list(compare.time_reference(Path(), rounds=1, threads=1))
+    assert [list(r["seconds"]) for r in records] == [[n, reference.THEIRS] for n in reference.OURS]
+    losses["theirs"] = 1.6
+    with pytest.raises(RuntimeError, match="the iterations do not compute the same"):
+        list(compare.time_reference(Path(), rounds=1, threads=1))
+
+
+def test_our_side_of_the_reference() -> None:
+    """Every step's loss counts, and weights and rates are trained."""
+    model, batch = Question("problems:conv4_leaky", (1, 28, 28), tasks=1, threads=1).prepare()
+    ours = reference.Ours(model, batch)
+    assert ours() > 0
+    assert all(p.grad is not None for p in ours.net.parameters())
+    assert (ours.lslr.rates.grad != 0).all()
+    assert all(
+        layer.weight.grad.any(dim=1).all() for layer in ours.net if hasattr(layer, "num_steps")
+    )
