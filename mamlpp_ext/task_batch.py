@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from mamlpp_ext.chunks import added_up
 from mamlpp_ext.gather import gathered
@@ -87,8 +86,8 @@ def task_batch_loss(
         TypeError: if a count is not a whole number, or the model or ``loss_fn`` does not return a
             tensor.
         ValueError: if shapes do not agree, the loss is not 0-dim, a step is out of range, the
-            rates are another model's, or the model has a plain BatchNorm, or a LayerNorm or
-            InstanceNorm whose weight is adapted (torch differentiates these wrongly under vmap).
+            rates are another model's, or the model has a BatchNorm or InstanceNorm of torch's with
+            running statistics, which vmap cannot update.
 
     Example:
         >>> net = torch.nn.Linear(3, 2)
@@ -106,7 +105,7 @@ def task_batch_loss(
     num_steps = checked_count("num_steps", num_steps)
     tasks = _check_batch(batch)
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
-    _check_layers(model, lslr.names)
+    _check_layers(model)
     counted = _counted_steps(aggregate, num_steps)
     inner = TaskLoop(
         model,
@@ -184,20 +183,12 @@ def _check_batch(batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> int:
     return x_support[0]
 
 
-def _check_layers(model: nn.Module, adapted: tuple[str, ...]) -> None:
-    # torch 2.13: the second derivatives of torch's own norms are silently wrong under vmap when
-    # their weight differs from task to task; a BatchNorm with running statistics raises besides.
+def _check_layers(model: nn.Module) -> None:
     for name, layer in model.named_modules():
-        where = f"layer '{name}' ({type(layer).__name__})"
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, _NormBase) and layer.running_mean is not None:
             raise ValueError(
-                f"{where} gives wrong meta-gradients under vmap; convert the model with "
-                "convert_batchnorm(model, num_steps), or to keep plain BatchNorm's meaning with "
-                "convert_batchnorm(model, 1, extra_steps='last')"
-            )
-        if isinstance(layer, (nn.LayerNorm, _InstanceNorm)) and f"{name}.weight" in adapted:
-            raise ValueError(
-                f"{where} gives wrong meta-gradients under vmap when its weight is adapted; leave "
-                f"'{name}.weight' out with LSLR's adapt, or loop over the tasks with higher or "
-                "torchopt"
+                f"layer '{name}' ({type(layer).__name__}) keeps running statistics, which vmap "
+                "cannot update; convert the model with convert_batchnorm(model, num_steps), to "
+                "keep plain BatchNorm's meaning with convert_batchnorm(model, 1, "
+                "extra_steps='last'), or build the layer with track_running_stats=False"
             )

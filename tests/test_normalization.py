@@ -157,9 +157,9 @@ def test_normalize_by_given_statistics_is_batch_norm_in_eval_mode():
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm, nn.InstanceNorm1d])
-def test_vmap_over_torchs_own_norms_is_still_wrong(norm):
-    # The fact that forces closed_form.py and task_batch's refusals, for each norm whose weight is
-    # adapted. When this fails, torch has mended it: lift them.
+def test_grad_inside_vmap_over_torchs_own_norms_is_still_wrong(norm):
+    # The fact that forces closed_form.py, and task_loop.py to differentiate outside of vmap, for
+    # each norm whose weight is adapted. When this fails, torch has mended it.
     torch.manual_seed(0)
     options = {"affine": True} if norm is nn.InstanceNorm1d else {}
     layers = [nn.Linear(4, 4), norm(4, **options), nn.Linear(4, 2)]

@@ -429,3 +429,24 @@ def test_module_form(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
     assert set(module.state_dict()) >= {"model.norm.running_mean", "lslr.rates"}
     module.aggregate.step()
     assert module(*tasks).loss != result.loss
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.LayerNorm(4),
+        lambda: nn.GroupNorm(2, 4),
+        lambda: nn.InstanceNorm1d(4, affine=True),
+        lambda: nn.BatchNorm1d(4, track_running_stats=False),
+    ],
+)
+def test_torchs_own_norms_are_right_for_many_tasks(norm: Callable[[], nn.Module]) -> None:
+    """Inside ``vmap(grad(...))`` they would not be, when their weight is adapted."""
+    net = nn.Sequential(nn.Linear(3, 4), norm(), nn.Flatten(), nn.Linear(16, 2))
+    lslr, labels = mpp.LSLR(net, 3, lr=0.3), torch.tensor([[0, 1, 0, 1, 1]] * 4)
+    batch = torch.randn(4, 5, 4, 3), labels, torch.randn(4, 5, 4, 3), labels
+    grads = [
+        torch.autograd.grad(run(net, lslr, batch, chunk_size=size).loss, list(net.parameters()))
+        for size in (None, 1)
+    ]
+    torch.testing.assert_close(*grads)
