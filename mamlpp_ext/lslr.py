@@ -100,7 +100,7 @@ class LSLR(nn.Module):
         Args:
             params: the parameters by name, at least the adapted ones, of any shapes.
             grads: their gradients by name, of the same shapes; None leaves a parameter as it is.
-                Ask ``torch.autograd.grad`` for the adapted ones alone (:attr:`names`): those of
+                Ask ``torch.autograd.grad`` for the adapted ones alone (``names``): those of
                 per-step layers reach back through all earlier steps, at twice the cost.
             step: the inner step, 0-based.
 
