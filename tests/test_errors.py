@@ -129,6 +129,11 @@ def enter_torchopt(net: Net, lslr: mpp.LSLR | None = None) -> None:
         pass
 
 
+def nested_in_higher(net: Net) -> None:
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 3)):
+        enter_higher(net)
+
+
 def steps_in_higher(net: Net, count: int) -> None:
     with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 3)) as (fnet, diffopt):
         for _ in range(count):
@@ -579,6 +584,11 @@ CONTEXTS: dict[str, Row] = {
         lambda n: inside_higher(n, enter_higher),
         ValueError,
         ("'body.weight'", "adapted weights instead of parameters", "pass the original model"),
+    ),
+    "higher, nested": (
+        nested_in_higher,
+        RuntimeError,
+        ("inside an innerloop_ctx already", "leave one before", "copy.deepcopy of the model"),
     ),
     "higher, inside torchopt": (
         lambda n: inside_torchopt(n, enter_higher),
