@@ -6,6 +6,14 @@ learned per-layer per-step inner rates, and cosine annealing of the meta rate (t
 ``CosineAnnealingLR``).
 """
 
+import torch
+
+if not (2, 6) <= tuple(int(part) for part in torch.__version__.split(".")[:2]) < (3, 0):
+    raise ImportError(  # before the imports below, which an older torch fails without a reason
+        f"mamlpp_ext needs torch from 2.6 up to, not including, 3.0, found {torch.__version__}; "
+        "pip install 'torch>=2.6,<3'"
+    )
+
 from mamlpp_ext.batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, PerStepBatchNorm3d
 from mamlpp_ext.convert import convert_batchnorm
 from mamlpp_ext.derivative_order import DerivativeOrderAnnealing

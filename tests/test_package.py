@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import mamlpp_ext as mpp
 
@@ -149,6 +150,43 @@ def test_missing_extras() -> None:
     for name, error in zip(("higher", "torchopt"), errors, strict=True):
         assert f"pip install 'mamlpp_ext[{name}]'" in error
         assert f"needs the package {name}, which is not installed" in error
+
+
+def test_another_torch_is_refused() -> None:
+    """With its number, the legal range and what to do; whatever is built on a legal one passes."""
+    versions = ["1.13.1", "2.5.1+cu124", "3.0.0a0", "2.6.0", "2.10.0a0+git1234567", "2.99.1+cpu"]
+    errors = python(
+        "import json, sys\n"
+        "import torch\n"
+        "errors = []\n"
+        f"for torch.__version__ in {versions}:\n"
+        "    try:\n"
+        "        import mamlpp_ext\n"
+        "        errors.append(None)\n"
+        "    except ImportError as error:\n"
+        "        errors.append(str(error))\n"
+        "    for name in [name for name in sys.modules if name.startswith('mamlpp_ext')]:\n"
+        "        del sys.modules[name]\n"
+        "print(json.dumps(errors))"
+    )
+    assert errors[3:] == [None] * 3
+    for version, error in zip(versions[:3], errors[:3], strict=True):
+        assert f"found {version};" in error
+        assert "needs torch from 2.6 up to, not including, 3.0" in error
+        assert "pip install 'torch>=2.6,<3'" in error
+
+
+def test_the_stated_versions_agree() -> None:
+    """Of Python in the classifiers and for pip, which refuses others; of torch for pip and here."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    classifiers = setup["metadata"]["classifiers"].splitlines()
+    named = [text.rpartition(" :: ")[2] for text in classifiers if "Python :: 3." in text]
+    assert named == ["3.10", "3.11", "3.12", "3.13"]
+    requires = SpecifierSet(setup["options"]["python_requires"])
+    tried = ["3.9.18", "3.10.0", "3.11.7", "3.12.1", "3.13.9", "3.14.0", "4.0.0"]
+    assert list(requires.filter(tried)) == tried[1:5]
+    assert "torch>=2.6,<3" in setup["options"]["install_requires"].split()
 
 
 def test_types_are_shipped() -> None:

@@ -1,0 +1,28 @@
+"""The tests at both ends of the supported versions: ``pip install nox``, then ``nox``.
+
+Each session skips a Python that is not installed. ``make test`` tests the pinned versions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.error_on_missing_interpreters = False
+# What the examples, the documentation and the benchmarks need beyond the package is left out.
+NEEDED = ("higher", "torchopt", "hypothesis", "pytest", "pytest-benchmark", "scikit-learn")
+LEFT_OUT = ("test_ablation", "test_docs", "test_examples")
+TESTS = sorted(str(path) for path in Path("tests").glob("test_*.py") if path.stem not in LEFT_OUT)
+
+
+@nox.session
+@nox.parametrize(
+    ("python", "torch"),
+    [("3.10", "==2.6.*"), ("3.13", ">=2.6,<3")],
+    ids=["lowest", "highest"],
+)
+def tests(session: nox.Session, torch: str) -> None:
+    """The tests of the package, without those of the examples and of the documentation."""
+    session.install(f"torch{torch}", *NEEDED, "-e", ".")
+    session.run("pytest", "mamlpp_ext", *TESTS, *session.posargs)
