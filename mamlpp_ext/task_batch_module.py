@@ -21,10 +21,10 @@ class TaskBatchLoss(nn.Module):
     all that is learned. With several processes, each with its share of the tasks,
     ``DistributedDataParallel(TaskBatchLoss(..., process_group=torch.distributed.group.WORLD))``
     leaves in every process the gradients and running statistics that one process with all tasks, in
-    the order of the ranks, would have. The wrapper's defaults do; ``broadcast_buffers=False`` saves
-    sending statistics that are equal already. Make the module after ``init_process_group``: before
-    it, ``group.WORLD`` is None. In training mode all processes must call it, with as many tasks;
-    a single one can evaluate this module (not the wrapper) in eval mode or frozen statistics.
+    the order of the ranks, would have; the wrapper's defaults do. Make the module after
+    ``init_process_group``: before it, ``group.WORLD`` is None. In training mode all processes must
+    call it, each with as many tasks; a single one can evaluate this module (not the wrapper) in
+    eval mode or with frozen statistics.
 
     Args:
         model: the model.

@@ -28,11 +28,10 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What differs from the plain setting: the tasks, arguments of the loss and of the wrapper."""
+    """What differs from the plain setting."""
 
     tasks: int = 4
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    wrapper: dict[str, Any] = dataclasses.field(default_factory=dict)
     momentum: float | None = 0.1
 
 
@@ -43,7 +42,6 @@ CASES = {
     "rematerialised": Case(options={"rematerialize": True}),
     "needed losses only": Case(options={"all_step_losses": False, "aggregate": None}),
     "averages": Case(momentum=None),
-    "buffers not broadcast": Case(wrapper={"broadcast_buffers": False}),
 }
 DTYPES = {"float32": (torch.float32, 1e-6), "float64": (torch.float64, 1e-10)}
 ORDERS = {"first": False, "second": True}
@@ -93,7 +91,7 @@ def in_a_process(rank: int, folder: str) -> None:
     for name, dtype, order in SETTINGS:
         case = CASES[name]
         meta_loss = meta_loss_of(case, DTYPES[dtype][0], dist.group.WORLD)
-        parallel = DistributedDataParallel(meta_loss, **case.wrapper)
+        parallel = DistributedDataParallel(meta_loss)
         batch = share_of(batch_of(case.tasks, DTYPES[dtype][0]), rank)
         result = trained(meta_loss, parallel, batch, ORDERS[order])
         found[f"{name}, {dtype}, {order}"] = {key: t.detach() for key, t in result.items()}

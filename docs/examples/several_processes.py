@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     meta_loss = mpp.TaskBatchLoss(
         net, lslr, F.cross_entropy, num_steps=STEPS, aggregate=msl, process_group=dist.group.WORLD
     )
-    parallel = DistributedDataParallel(meta_loss, broadcast_buffers=False)
+    parallel = DistributedDataParallel(meta_loss)
     meta_opt = torch.optim.Adam(meta_loss.parameters(), lr=1e-3)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(meta_opt, flags.epochs, eta_min=1e-5)
     parts = {"meta_loss": meta_loss, "meta_opt": meta_opt, "annealing": annealing}
