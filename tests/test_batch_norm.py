@@ -251,3 +251,22 @@ def test_plain_checkpoint_of_other_channels_is_refused(unchanged: Any) -> None:
     layer = mpp.PerStepBatchNorm2d(CHANNELS, ROWS)
     with unchanged(layer), pytest.raises(RuntimeError, match="size mismatch"):
         layer.load_state_dict(nn.BatchNorm2d(CHANNELS + 1).state_dict())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_two_values_a_channel_are_enough(channels: int) -> None:
+    layer = mpp.PerStepBatchNorm1d(channels, 2)
+    x = torch.tensor([[1.0], [3.0]]).expand(2, channels)
+    torch.testing.assert_close(layer(x), nn.functional.batch_norm(x, None, None, training=True))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x[:1])
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_other_numbers_of_channels_are_refused(channels: int) -> None:
+    with pytest.raises(ValueError, match=f"expects 3 channels in dimension 1, got {channels}"):
+        mpp.PerStepBatchNorm1d(3, 2)(torch.randn(5, channels))
+
+
+def test_many_channels() -> None:
+    assert mpp.PerStepBatchNorm1d(300, 2)(torch.randn(5, 300)).shape == (5, 300)
