@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from mamlpp_ext import __main__ as command
+from mamlpp_ext import gather
 from mamlpp_ext.benchmark import measure
 from mamlpp_ext.benchmark.question import Question, check_logits
 
@@ -218,6 +219,22 @@ def switch_before_backward(net: Net) -> None:
 def import_without(package: str, adapter: Any) -> None:
     with mock.patch.dict(sys.modules, {package: None}):
         runpy.run_path(adapter.__file__)
+
+
+def import_with_torch(version: str) -> None:
+    with mock.patch.object(torch, "__version__", version):
+        runpy.run_path(mpp.__file__)
+
+
+def among_others(net: Net, rank: int) -> None:
+    """As in a group of processes that this one is not in, or of which another has more tasks."""
+
+    def all_reduce(ends: Tensor, *_: Any) -> None:
+        ends[0] += 1
+
+    here = {"get_rank": lambda _: rank, "all_reduce": all_reduce}
+    with mock.patch.multiple(gather.dist, **here):
+        run(net, process_group=object())
 
 
 norm1d, norm2d, norm3d = mpp.PerStepBatchNorm1d, mpp.PerStepBatchNorm2d, mpp.PerStepBatchNorm3d
@@ -674,6 +691,21 @@ CONVERSIONS: dict[str, Row] = {
     ),
 }
 OUTSIDE: dict[str, Row] = {
+    "torch, too old": (
+        lambda n: import_with_torch("2.5.1+cpu"),
+        ImportError,
+        ("from 2.6 up to, not including, 3.0", "found 2.5.1+cpu", "pip install"),
+    ),
+    "processes, not in the group": (
+        lambda n: among_others(n, rank=-1),
+        ValueError,
+        ("not in process_group", "torch.distributed.group.WORLD"),
+    ),
+    "processes, another has more tasks": (
+        lambda n: among_others(n, rank=0),
+        ValueError,
+        ("got 2 to 3 tasks", "here 2", "multiple of the number of processes"),
+    ),
     "command, no colon": (
         lambda n: command.load_model("my_models"),
         ValueError,
