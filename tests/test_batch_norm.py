@@ -270,3 +270,14 @@ def test_other_numbers_of_channels_are_refused(channels: int) -> None:
 
 def test_many_channels() -> None:
     assert mpp.PerStepBatchNorm1d(300, 2)(torch.randn(5, 300)).shape == (5, 300)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_batches_taken_in_at_once_are_forwards_in_turn(momentum: float | None) -> None:
+    layer = mpp.PerStepBatchNorm1d(CHANNELS, ROWS, momentum=momentum)
+    layer(torch.randn(6, CHANNELS))
+    twin, batches = copy.deepcopy(layer), torch.randn(3, 6, CHANNELS)
+    for batch in batches:
+        layer(batch)
+    twin.absorb(0, batches.mean(1), batches.var(1))
+    torch.testing.assert_close(dict(twin.named_buffers()), dict(layer.named_buffers()))

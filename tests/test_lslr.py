@@ -279,3 +279,12 @@ def test_rates_are_the_only_parameters(net: nn.Module, lslr: mpp.LSLR) -> None:
     # The model's own parameters, which it remembers, must not reach the meta-optimizer twice.
     assert [name for name, _ in lslr.named_parameters()] == ["rates"]
     assert [*lslr.parameters()] == [lslr.rates]
+
+
+def test_what_comes_after_a_missing_gradient_is_updated(net: nn.Module, lslr: mpp.LSLR) -> None:
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    grads = {name: torch.ones_like(params[name]) for name in lslr.names}
+    updated = lslr.update(params, {**grads, lslr.names[0]: None}, 0)
+    assert updated[lslr.names[0]] is params[lslr.names[0]]
+    for name, rate in zip(lslr.names[1:], lslr.rates[1:, 0], strict=True):
+        torch.testing.assert_close(updated[name], params[name] - rate)
