@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if dist.get_rank() == 0:
             save(parts, epoch + 1, flags.checkpoint)
             print(f"epoch {epoch}: accuracy {100 * accuracy:.1f} %", flush=True)
+    dist.barrier()  # gloo may abort a process that leaves while another still works
     dist.destroy_process_group()
 
 
