@@ -2,8 +2,8 @@
 
 ``F.batch_norm`` is left aside for measured reasons (torch 2.13): its double backward is made of
 some forty temporaries, a quarter of a second-order MAML iteration on CPU; its forward there takes
-four times as long as the sums below; and under ``vmap`` its meta-gradients are silently wrong when
-weight and bias are adapted for each task.
+four times as long as the sums below; and inside ``vmap(grad(...))`` its meta-gradients are silently
+wrong when weight and bias are adapted for each task.
 
 Notation, for each channel with N values: mu and r = 1/sqrt(var + eps) of the batch,
 xhat = (x - mu) r, and P(g) = g - mean(g) - xhat mean(g xhat), which is symmetric. Then
