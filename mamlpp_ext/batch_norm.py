@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.closed_form import batch_normalize
+from mamlpp_ext.closed_form import Running, batch_normalize, batch_normalize_into
 from mamlpp_ext.normalization import normalize
+from mamlpp_ext.quick_function import transforms_active
 from mamlpp_ext.running_statistics import RunningStatistics
 from mamlpp_ext.steps import ExtraSteps, InnerStep, checked_count, checked_extra_steps, select_row
 
@@ -85,8 +86,10 @@ class _PerStepBatchNorm(RunningStatistics):
         self._check_input(input)
         clock = self.inner_step
         row = select_row(clock.index, self.num_steps, self.extra_steps, type(self).__name__)
-        weight, bias = (None if t is None else t.select(0, row) for t in (self.weight, self.bias))
-        by_batch = self.training or clock.frozen or not self.track_running_stats
+        weight, bias = self.weight, self.bias
+        weight = None if weight is None else weight.select(0, row)
+        bias = None if bias is None else bias.select(0, row)
+        by_batch = self.training or not self.track_running_stats or clock.frozen
         if not by_batch and self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean[row], self.running_var[row]
             return normalize(input, mean, var, weight, bias, self.eps)
@@ -96,9 +99,26 @@ class _PerStepBatchNorm(RunningStatistics):
                 f"statistics, got input of shape {tuple(input.shape)}; give it a larger batch, or "
                 "call .eval() to normalise by running statistics"
             )
-        output, mean, var = batch_normalize(input, weight, bias, self.eps)
-        if self.track_running_stats and self.training and not clock.frozen:
-            self._record(row, mean, var)
+        return self._by_batch(input, weight, bias, row)
+
+    def _by_batch(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, row: int
+    ) -> Tensor:
+        clock = self.inner_step
+        record = self.training and self.track_running_stats and not clock.frozen
+        if transforms_active():
+            output, mean, var = batch_normalize(input, weight, bias, self.eps)
+            if record:
+                self._record(row, mean, var)
+            return output
+        dtype = (input if weight is None else weight).dtype
+        running = self._row(row, dtype) if record else None
+        into = running or Running(*input.new_zeros(2, self.num_features, dtype=dtype), 1.0)
+        output = batch_normalize_into(input, weight, bias, self.eps, into, clock.first_order)
+        if running is not None:
+            self._count(row)
+        elif record:
+            self._record(row, into.mean, into.var)
         return output
 
     def _check_input(self, input: Tensor) -> None:

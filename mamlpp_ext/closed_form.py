@@ -26,21 +26,34 @@ tests hold the two together, and third derivatives are taken through it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vjp
 
 from mamlpp_ext.normalization import batch_normalize_reference, wide
+from mamlpp_ext.quick_function import QuickFunction, transforms_active
 
-_backward = torch.ops.aten.native_batch_norm_backward
-# What torch.autograd.Function itself asks; not there, every call takes the longer way.
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_backward = torch.ops.aten.native_batch_norm_backward.default
 # Output, mean, 1 / sqrt(var + eps), unbiased var.
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 # Elements from which on several fast passes beat torch's single slow one.
 _LARGE = 20_000
+
+
+class Running(NamedTuple):
+    """Running statistics to take a batch's own into, in place.
+
+    Attributes:
+        mean: [C].
+        var: unbiased, [C].
+        momentum: the batch's share; with 1 they become the batch's own.
+    """
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
 
 
 def batch_normalize(
@@ -59,8 +72,40 @@ def batch_normalize(
         through the output alone.
     """
     apply: Any = _BatchNorm.apply
-    y, mean, _, var = apply(x, weight, bias, eps)
+    y, mean, _, var = apply(x, weight, bias, eps, None)
     return y, mean, var
+
+
+def batch_normalize_into(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running: Running,
+    first_order: bool,
+) -> Tensor:
+    """The same at less cost, outside of torch.func transforms, which cannot write in place.
+
+    Args:
+        x: [N, C, ...].
+        weight: [C] or None.
+        bias: [C] or None.
+        eps: added to the variance.
+        running: what takes the batch's statistics in.
+        first_order: whether nobody will ask for a second derivative: torch's own forward and
+            backward then serve where they are quick. Asked for all the same, it is merely slow.
+
+    Returns:
+        The output as ``x``.
+    """
+    if first_order and not _slow_in_torch(x):
+        # Plain .data: torch would guard running statistics against later updates for the sake of a
+        # backward that does not read them in training.
+        mean, var, momentum = running.mean.data, running.var.data, running.momentum
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, cudnn)
+    apply: Any = _BatchNorm.apply
+    return apply(x, weight, bias, eps, running)[0]  # type: ignore[no-any-return]
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
@@ -88,14 +133,25 @@ def _sums_and_backward(
     return _backward(g, x, weight, None, None, mean, rstd, True, eps, every)  # type: ignore[no-any-return]
 
 
-def _torchs_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> _Forward:
-    # With momentum 1 the kernel's running statistics are the batch's own.
-    unused, var = (x if weight is None else weight).new_zeros(2, x.shape[1])
-    y, mean, rstd = torch.native_batch_norm(x, weight, bias, unused, var, True, 1.0, eps)
-    return y, mean, rstd, var
+def _slow_in_torch(x: Tensor) -> bool:
+    plain = x.is_cpu and x.dtype in (torch.float32, torch.float64)
+    return plain and x.numel() > _LARGE and x.is_contiguous()
 
 
-def _cpu_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> _Forward:
+def _torchs_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
+) -> _Forward:
+    if running is None:
+        running = Running(*(x if weight is None else weight).new_zeros(2, x.shape[1]), 1.0)
+    y, mean, rstd = torch.native_batch_norm(
+        x, weight, bias, running.mean, running.var, True, running.momentum, eps
+    )
+    return y, mean, rstd, running.var
+
+
+def _cpu_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
+) -> _Forward:
     """The forward on large contiguous input on CPU.
 
     torch's own kernel adds such input up one element at a time: 470 us for [5, 64, 28, 28] on one
@@ -113,7 +169,11 @@ def _cpu_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: flo
     nothing = centred.new_empty(0), centred.new_empty(0)
     out = (centred, *nothing)
     torch.native_batch_norm(centred, weight, bias, offset, var, False, 0.0, eps, out=out)
-    return centred, rough + offset, torch.rsqrt(var + eps), var * (count / (count - 1))
+    mean, unbiased = rough + offset, var * (count / (count - 1))
+    if running is not None:
+        running.mean.lerp_(mean, running.momentum)
+        running.var.lerp_(unbiased, running.momentum)
+    return centred, mean, torch.rsqrt(var + eps), unbiased
 
 
 def _centred_sums(a: Tensor, b: Tensor, mean: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -125,28 +185,22 @@ def _centred_sums(a: Tensor, b: Tensor, mean: Tensor, scale: float) -> tuple[Ten
     return _backward(a, b, None, None, None, mean, rstd, True, 0.0, sums)[1:]  # type: ignore[no-any-return]
 
 
-class _Function(torch.autograd.Function):
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """Skips what torch does at each call for the sake of torch.func, where that is not at work.
-
-        Binding the arguments to the forward's signature takes a third of a small layer's time.
-        """
-        if _transforms_active():
-            return super().apply(*args)  # type: ignore[no-untyped-call]
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
-
-class _BatchNorm(_Function):
+class _BatchNorm(QuickFunction):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-        plain = x.is_cpu and x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
-        forward = _cpu_forward if plain and x.numel() > _LARGE else _torchs_forward
-        return forward(x, weight, bias, eps)
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        running: Running | None,
+    ) -> Any:
+        return (_cpu_forward if _slow_in_torch(x) else _torchs_forward)(
+            x, weight, bias, eps, running
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, ctx.eps = inputs
+        x, weight, bias, ctx.eps, _ = inputs
         ctx.has_bias = bias is not None
         _, mean, rstd, var = output
         ctx.mark_non_differentiable(mean, rstd, var)
@@ -156,26 +210,26 @@ class _BatchNorm(_Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
         if g is None:
-            return None, None, None, None
+            return None, None, None, None, None
         x, weight, mean, rstd = ctx.saved_tensors
         # Without a graph wanted, the Function's own bookkeeping would be in vain.
         function: Any = _BatchNormBackward.apply if torch.is_grad_enabled() else _sums_and_backward
         dx, dw, db = function(g, x, weight, mean, rstd, ctx.eps)
-        return dx, None if weight is None else dw, db if ctx.has_bias else None, None
+        return dx, None if weight is None else dw, db if ctx.has_bias else None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Any, bias: Any, eps: float) -> Any:
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Any, bias: Any, eps: float, _: Any) -> Any:
         size = info.batch_size
         x = _fold(x, in_dims[0], size, 1)  # type: ignore[assignment]
         weight, bias = (
             _fold(t, dim, size, 0) for t, dim in zip((weight, bias), in_dims[1:3], strict=True)
         )
         apply: Any = _BatchNorm.apply
-        y, *statistics = apply(x, weight, bias, eps)
+        y, *statistics = apply(x, weight, bias, eps, None)
         return (_unfold(y, size, 1), *(_unfold(t, size, 0) for t in statistics)), (1, 0, 0, 0)
 
 
-class _BatchNormBackward(_Function):
+class _BatchNormBackward(QuickFunction):
     """The backward of :class:`_BatchNorm`; mean and rstd are functions of x, not further inputs."""
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.adapted import Adapt, listing, select_parameters
+from mamlpp_ext.inner_update import descend
 from mamlpp_ext.steps import (
     ExtraSteps,
     checked_count,
@@ -121,15 +122,16 @@ class LSLR(nn.Module):
         """
         for given, what in ((params, "params"), (grads, "grads")):
             self._check_names(given, what)
-        updated = dict(params)
-        for name, rate in self.rates_at(step).items():
-            param, grad = params[name], grads[name]
-            if grad is None:
-                continue
-            if grad.shape != param.shape:
-                raise _other_shape(name, param, grad)
-            updated[name] = torch.addcmul(param, grad, rate, value=-1)
-        return updated
+        column = self._column(step)
+        present = [i for i, name in enumerate(self.names) if grads[name] is not None]
+        names = [self.names[i] for i in present]
+        for name in names:
+            if grads[name].shape != params[name].shape:  # type: ignore[union-attr]
+                raise _other_shape(name, params[name], grads[name])  # type: ignore[arg-type]
+        rates = column if len(names) == len(self.names) else column[present]
+        chosen: Any = [grads[name] for name in names]
+        adapted = descend([params[name] for name in names], chosen, rates)
+        return {**params, **dict(zip(names, adapted, strict=True))}
 
     def rates_at(self, step: int) -> dict[str, Tensor]:
         """Returns the rates of an inner step by name, each 0-dim.
@@ -141,9 +143,12 @@ class LSLR(nn.Module):
             TypeError: if ``step`` is not a whole number.
             ValueError: if ``step`` is out of range.
         """
+        return dict(zip(self.names, self._column(step).unbind(), strict=True))
+
+    def _column(self, step: int) -> Tensor:
         step = checked_count("step", step, least=0)
         column = select_row(step, self.num_steps, self.extra_steps, "LSLR")
-        return dict(zip(self.names, self.rates.select(1, column).unbind(), strict=True))
+        return self.rates.select(1, column)
 
     def parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Returns the adapted parameters of ``module`` by name.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.closed_form import Running
 from mamlpp_ext.steps import InnerStep
 
 
@@ -44,6 +45,22 @@ class RunningStatistics(nn.Module):
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()  # type: ignore[union-attr]
 
+    def _row(self, row: int, dtype: torch.dtype) -> Running | None:
+        """Returns a row that a forward may write to itself, to be followed by ``_count``.
+
+        None if it is for ``_record`` to take the statistics in: ones that are collected, averaged
+        over all batches, or of another dtype.
+        """
+        mean, var = self.running_mean, self.running_var
+        if self.inner_step.tape is not None or self.momentum is None or mean is None or var is None:
+            return None
+        if mean.dtype != dtype:
+            return None
+        return Running(mean.select(0, row), var.select(0, row), self.momentum)
+
+    def _count(self, row: int) -> None:
+        self.num_batches_tracked.select(0, row).add_(1)  # type: ignore[union-attr]
+
     def _record(self, row: int, mean: Tensor, var: Tensor) -> None:
         """Takes in a forward's batch mean [C] and unbiased variance [C]."""
         if self.inner_step.tape is not None:
@@ -55,7 +72,7 @@ class RunningStatistics(nn.Module):
                 return
             for table, batch in ((self.running_mean, mean), (self.running_var, var)):
                 table.select(0, row).lerp_(batch.to(table.dtype), self.momentum)  # type: ignore[union-attr]
-            self.num_batches_tracked.select(0, row).add_(1)  # type: ignore[union-attr]
+            self._count(row)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{type(self).__name__} could not update its running statistics in place. Inside a "

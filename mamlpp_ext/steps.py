@@ -42,6 +42,8 @@ class InnerStep:
         tape: where :func:`~mamlpp_ext.task_batch_loss` collects batch statistics instead of having
             them written at once, which ``torch.func`` transforms cannot do; otherwise None.
         driver: the loop that moves ``index`` at present.
+        first_order: whether nobody will ask for a gradient of a gradient, so that the layers may
+            take the forward that is quickest without; a matter of speed alone.
     """
 
     def __init__(self) -> None:
@@ -49,6 +51,7 @@ class InnerStep:
         self.freezes: list[Freeze] = []
         self.tape: Tape | None = None
         self.driver: object | None = None
+        self.first_order = False
 
     @property
     def frozen(self) -> bool:
@@ -220,6 +223,19 @@ def at_step(module: nn.Module, step: int) -> Iterator[None]:
         for clock in clocks_of(module):
             clock.index = step
         yield
+
+
+@contextmanager
+def of_order(module: nn.Module, second_order: bool) -> Iterator[None]:
+    """Tells every layer of ``module`` whether gradients of gradients will be asked for."""
+    before = [(clock, clock.first_order) for clock in clocks_of(module)]
+    try:
+        for clock, _ in before:
+            clock.first_order = not second_order
+        yield
+    finally:
+        for clock, first_order in before:
+            clock.first_order = first_order
 
 
 @contextmanager

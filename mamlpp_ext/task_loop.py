@@ -11,7 +11,7 @@ from torch.func import functional_call, vmap
 
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.rematerialize import rematerialized
-from mamlpp_ext.steps import Tape, at_step, per_step_layers
+from mamlpp_ext.steps import Tape, at_step, of_order, per_step_layers
 
 Params = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -103,7 +103,8 @@ class _Step:
         tracked = torch.is_grad_enabled()
         if not tracked:  # evaluation, or a step whose graph is rebuilt later
             adapted = {name: t.detach().requires_grad_() for name, t in adapted.items()}
-        with at_step(self.inner.model, self.step):
+        model, second_order = self.inner.model, self.inner.second_order
+        with at_step(model, self.step), of_order(model, tracked and second_order):
             with torch.enable_grad():
                 losses, (_, seen) = self._forward(adapted, x_support, y_support)
                 # No loss depends on another task's weights: the sum's gradient is each one's.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mamlpp_ext.exclusive import alone
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.steps import kept_step
+from mamlpp_ext.steps import kept_step, of_order
 
 try:
     import higher
@@ -242,6 +242,7 @@ def innerloop_ctx(
     with (
         alone(net),
         kept_step(net),
+        of_order(net, second_order and track_higher_grads),
         higher.innerloop_ctx(
             net,
             optimizer,

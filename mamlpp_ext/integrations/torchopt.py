@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mamlpp_ext.exclusive import alone
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.steps import kept_step
+from mamlpp_ext.steps import kept_step, of_order
 
 try:
     import torchopt
@@ -230,7 +230,7 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
-        with alone(net), kept_step(net):
+        with alone(net), kept_step(net), of_order(net, second_order):
             yield inner_opt
     except BaseException:
         with torch.no_grad():
