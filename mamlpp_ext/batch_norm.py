@@ -111,9 +111,9 @@ class _PerStepBatchNorm(RunningStatistics):
             if record:
                 self._record(row, mean, var)
             return output
-        dtype = (input if weight is None else weight).dtype
-        running = self._row(row, dtype) if record else None
-        into = running or Running(*input.new_zeros(2, self.num_features, dtype=dtype), 1.0)
+        like = input if weight is None else weight
+        running = self._row(row, like.dtype) if record else None
+        into = running or Running.of_batch(input, like)
         output = batch_normalize_into(input, weight, bias, self.eps, into, clock.first_order)
         if running is not None:
             self._count(row)

@@ -33,13 +33,14 @@ from torch import Tensor
 from torch.func import vjp
 
 from mamlpp_ext.normalization import batch_normalize_reference, wide
-from mamlpp_ext.quick_function import QuickFunction, transforms_active
+from mamlpp_ext.quick_function import QuickFunction
 
 _backward = torch.ops.aten.native_batch_norm_backward.default
 # Output, mean, 1 / sqrt(var + eps), unbiased var.
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor]
-# Elements from which on several fast passes beat torch's single slow one.
-_LARGE = 20_000
+# Elements from which on several fast passes beat torch's single slow one with one thread: in a
+# Function, and together with a Function's own cost. More threads help torch's pass more.
+_LARGE, _WORTH_A_FUNCTION = 50_000, 75_000
 
 
 class Running(NamedTuple):
@@ -54,6 +55,12 @@ class Running(NamedTuple):
     mean: Tensor
     var: Tensor
     momentum: float
+
+    @classmethod
+    def of_batch(cls, x: Tensor, like: Tensor) -> Running:
+        """Returns ones that become the statistics of ``x`` alone, of the dtype of ``like``."""
+        mean, var = like.new_zeros(2, x.shape[1])
+        return cls(mean, var, 1.0)
 
 
 def batch_normalize(
@@ -98,7 +105,7 @@ def batch_normalize_into(
     Returns:
         The output as ``x``.
     """
-    if first_order and not _slow_in_torch(x):
+    if first_order and not _slow_in_torch(x, _WORTH_A_FUNCTION):
         # Plain .data: torch would guard running statistics against later updates for the sake of a
         # backward that does not read them in training.
         mean, var, momentum = running.mean.data, running.var.data, running.momentum
@@ -133,16 +140,17 @@ def _sums_and_backward(
     return _backward(g, x, weight, None, None, mean, rstd, True, eps, every)  # type: ignore[no-any-return]
 
 
-def _slow_in_torch(x: Tensor) -> bool:
-    plain = x.is_cpu and x.dtype in (torch.float32, torch.float64)
-    return plain and x.numel() > _LARGE and x.is_contiguous()
+def _slow_in_torch(x: Tensor, elements: int) -> bool:
+    if not x.is_cpu or x.numel() <= elements * torch.get_num_threads() ** 2:
+        return False
+    return x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
 
 
 def _torchs_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
 ) -> _Forward:
     if running is None:
-        running = Running(*(x if weight is None else weight).new_zeros(2, x.shape[1]), 1.0)
+        running = Running.of_batch(x, x if weight is None else weight)
     y, mean, rstd = torch.native_batch_norm(
         x, weight, bias, running.mean, running.var, True, running.momentum, eps
     )
@@ -194,9 +202,8 @@ class _BatchNorm(QuickFunction):
         eps: float,
         running: Running | None,
     ) -> Any:
-        return (_cpu_forward if _slow_in_torch(x) else _torchs_forward)(
-            x, weight, bias, eps, running
-        )
+        forward = _cpu_forward if _slow_in_torch(x, _LARGE) else _torchs_forward
+        return forward(x, weight, bias, eps, running)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -17,9 +17,7 @@ from torch import Tensor
 from mamlpp_ext.quick_function import QuickFunction, transforms_active
 
 
-def descend(
-    params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor
-) -> tuple[Tensor, ...]:
+def descend(params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor) -> tuple[Tensor, ...]:
     """Returns every parameter less its rate times its gradient.
 
     Args:

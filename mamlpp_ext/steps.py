@@ -30,6 +30,13 @@ class Freeze:
         return {"open": False}  # of a pickle: no context is open where it is loaded
 
 
+class _Driver:
+    """One loop of ``inner_steps`` and what it was told of second order."""
+
+    def __init__(self, second_order: bool | None) -> None:
+        self.second_order = second_order
+
+
 class InnerStep:
     """The position in the inner loop, shared by the per-step layers of one model.
 
@@ -42,16 +49,24 @@ class InnerStep:
         tape: where :func:`~mamlpp_ext.task_batch_loss` collects batch statistics instead of having
             them written at once, which ``torch.func`` transforms cannot do; otherwise None.
         driver: the loop that moves ``index`` at present.
-        first_order: whether nobody will ask for a gradient of a gradient, so that the layers may
-            take the forward that is quickest without; a matter of speed alone.
+        second_order: whether gradients of gradients will be asked for, by the adapter's context.
     """
 
     def __init__(self) -> None:
         self.index = 0
         self.freezes: list[Freeze] = []
         self.tape: Tape | None = None
-        self.driver: object | None = None
-        self.first_order = False
+        self.driver: _Driver | None = None
+        self.second_order = True
+
+    @property
+    def first_order(self) -> bool:
+        """Whether nobody will ask for a gradient of a gradient; a matter of speed alone.
+
+        The layers may then take the forward that is quickest without.
+        """
+        said = None if self.driver is None else self.driver.second_order
+        return not (self.second_order if said is None else said)
 
     @property
     def frozen(self) -> bool:
@@ -131,7 +146,9 @@ def _check_rows(module: nn.Module, step: int) -> None:
         select_row(step, layer.num_steps, layer.extra_steps, owner)
 
 
-def inner_steps(module: nn.Module, num_steps: int) -> Iterator[int]:
+def inner_steps(
+    module: nn.Module, num_steps: int, *, second_order: bool | None = None
+) -> Iterator[int]:
     """Counts the inner steps and moves every per-step layer of ``module`` along.
 
     Each step's support forward, update and target forward belong in the loop's body; they then use
@@ -142,6 +159,9 @@ def inner_steps(module: nn.Module, num_steps: int) -> Iterator[int]:
     Args:
         module: the model, patched (``fnet``) or not; one without per-step layers is simply counted.
         num_steps: the number of inner steps, at least 1.
+        second_order: whether gradients of gradients will be asked for. A matter of speed alone:
+            norm layers take torch's own forward where False and it is quicker. None: as the
+            adapters' ``innerloop_ctx`` has it, outside of them True.
 
     Returns:
         An iterator over 0, 1, ..., ``num_steps - 1``.
@@ -164,14 +184,14 @@ def inner_steps(module: nn.Module, num_steps: int) -> Iterator[int]:
     """
     num_steps = checked_count("num_steps", num_steps)
     _check_rows(module, num_steps - 1)  # now, not at the first next(): a generator would be lazy
-    return _drive(clocks_of(module), num_steps)
+    return _drive(clocks_of(module), num_steps, second_order)
 
 
-def _drive(clocks: list[InnerStep], num_steps: int) -> Iterator[int]:
+def _drive(clocks: list[InnerStep], num_steps: int, second_order: bool | None) -> Iterator[int]:
     # A loop that an exception left stays suspended for as long as the traceback is held, so the
     # newer loop takes the layers over and only the one that is resumed after that is refused.
     before = [clock.index for clock in clocks]
-    driver = object()
+    driver = _Driver(second_order)
     for clock in clocks:
         clock.driver = driver
     finished = False
@@ -228,14 +248,14 @@ def at_step(module: nn.Module, step: int) -> Iterator[None]:
 @contextmanager
 def of_order(module: nn.Module, second_order: bool) -> Iterator[None]:
     """Tells every layer of ``module`` whether gradients of gradients will be asked for."""
-    before = [(clock, clock.first_order) for clock in clocks_of(module)]
+    before = [(clock, clock.second_order) for clock in clocks_of(module)]
     try:
         for clock, _ in before:
-            clock.first_order = not second_order
+            clock.second_order = second_order
         yield
     finally:
-        for clock, first_order in before:
-            clock.first_order = first_order
+        for clock, earlier in before:
+            clock.second_order = earlier
 
 
 @contextmanager

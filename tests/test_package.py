@@ -40,7 +40,7 @@ SIGNATURES = {
         "*meta_scheduler",
         "convert_batchnorm": "module num_steps *extra_steps",
         "frozen_statistics": "module",
-        "inner_steps": "module num_steps",
+        "inner_steps": "module num_steps *second_order",
         "multi_step_loss_weights": "num_steps epoch anneal_epochs",
         "task_batch_loss": "model lslr batch loss_fn *num_steps *aggregate *second_order "
         "*rematerialize *chunk_size *all_step_losses *process_group",

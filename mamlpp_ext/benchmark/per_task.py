@@ -86,7 +86,7 @@ def _bare_maml_pp(learner: Learner) -> TaskLoop:
 
     def task_loss(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor) -> TaskLoss:
         params: dict[str, Tensor] = dict(net.named_parameters())
-        for step in inner_steps(net, lslr.num_steps):
+        for step in inner_steps(net, lslr.num_steps, second_order=learner.second_order):
             loss = F.cross_entropy(functional_call(net, params, xs), ys)
             adapted = [params[name] for name in lslr.names]
             found = torch.autograd.grad(
