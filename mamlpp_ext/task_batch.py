@@ -14,7 +14,8 @@ from mamlpp_ext.gather import gathered
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import Tape, checked_count
-from mamlpp_ext.task_loop import Loss, TaskLoop
+from mamlpp_ext.task_loop import TaskLoop
+from mamlpp_ext.task_step import Loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,6 +47,7 @@ def task_batch_loss(
     aggregate: Aggregate | None = None,
     second_order: bool = True,
     rematerialize: bool = False,
+    compile: bool = False,
     chunk_size: int | None = None,
     all_step_losses: bool = True,
     process_group: ProcessGroup | None = None,
@@ -70,6 +72,11 @@ def task_batch_loss(
         rematerialize: keep only each step's weights and rebuild its graph in the backward: memory
             nearly flat in ``num_steps``, for more time. Gradients then reach the model, the rates
             and the batch, not tensors that ``loss_fn`` closes over, and have no graph themselves.
+        compile: rematerialise by steps that are traced and compiled once, for some seconds to a
+            minute, and kept with the model: one inner step and its backward for each combination
+            of shapes, modes and ``loss_fn`` (pass the same function each time). Random layers
+            cannot be compiled, nor adapted tables of per-step layers. Without a compiler it warns
+            and runs the traced step.
         chunk_size: how many tasks at once; None for all. The gradients of a chunk are taken before
             the next begins, so memory is that of one chunk at no cost in time; they then reach and
             are limited as with ``rematerialize``. ``aggregate`` is applied to each chunk.
@@ -113,6 +120,7 @@ def task_batch_loss(
         loss_fn,
         second_order=second_order,
         rematerialize=rematerialize,
+        compile=compile,
         all_step_losses=all_step_losses,
     )
     parts = list(zip(*(torch.split(tensor, size) for tensor in batch), strict=True))
