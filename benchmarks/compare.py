@@ -58,22 +58,21 @@ class Pair:
 
 def pairs(device: str) -> Iterator[Pair]:
     """Yields every ratio of times but that to the authors' code."""
-    for second_order in (True, False):
+    for second_order, ways in ((True, 5), (True, 20), (False, 5), (False, 20)):
         order = "second" if second_order else "first"
-        for ways in (5, 20):
-            problem = replace(PROBLEMS[f"Conv4-64 {ways}-way"], second_order=second_order)
-            about = f"{ways}-way, {order} order"
-            for loop in TASK_LOOPS:
-                yield Pair(
-                    f"MAML++ / MAML in {loop}, {about}",
-                    replace(problem, tasks=2),
-                    ("MAML++", loop),
-                    [("MAML", loop)],
-                    0.85 if second_order else 1.0,
-                )
-            goal = 1.0 if ways == 20 else 0.7 if second_order else 0.6
-            name = f"task_batch_loss with MAML++ / faster of higher's and torchopt's MAML, {about}"
-            yield Pair(name, problem, BATCH, PEERS, goal)
+        problem = replace(PROBLEMS[f"Conv4-64 {ways}-way"], second_order=second_order)
+        about = f"{ways}-way, {order} order"
+        for loop in TASK_LOOPS:
+            yield Pair(
+                f"MAML++ / MAML in {loop}, {about}",
+                replace(problem, tasks=2),
+                ("MAML++", loop),
+                [("MAML", loop)],
+                0.85 if second_order else 1.0,
+            )
+        goal = 1.0 if ways == 20 else 0.7 if second_order else 0.6
+        name = f"task_batch_loss with MAML++ / faster of higher's and torchopt's MAML, {about}"
+        yield Pair(name, problem, BATCH, PEERS, goal)
     problem = PROBLEMS["Conv4-64 5-way"]
     for steps in (5, 20):
         name = f"rematerialised / plain task_batch_loss, K = {steps}"
@@ -81,6 +80,21 @@ def pairs(device: str) -> Iterator[Pair]:
     for tasks, times in ((8, 8), (32, 20)) if device != "cpu" else ():
         name = f"task_batch_loss with MAML++ / higher's MAML, {tasks} tasks"
         yield Pair(name, replace(problem, tasks=tasks), BATCH, PEERS[:1], 1 / times)
+
+
+def layouts(ways: int, second_order: bool, rounds: int, **fixed: Any) -> dict[str, Any]:
+    """Returns the record of both learners in both layouts, in one run of a bare loop."""
+    both = PROBLEMS[f"Conv4-64 {ways}-way"]
+    runs = {}
+    for layout in (False, True):
+        question = replace(both, second_order=second_order, tasks=2, channels_last=layout, **fixed)
+        prepared = question.prepare()
+        for learner in ("MAML", "MAML++"):
+            name = f"{learner}, channels_last" if layout else learner
+            runs[name] = question.iteration(prepared, learner, "bare torch")
+    order = "second" if second_order else "first"
+    seconds = alternate(runs, rounds, question.device)
+    return {"kind": "layouts", "name": f"{ways}-way, {order} order", "seconds": seconds}
 
 
 def time_pair(pair: Pair, rounds: int) -> dict[str, Any]:
@@ -152,11 +166,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--threads", type=int, default=2, help="of torch (%(default)s)")
-    add("--rounds", type=int, default=7, help="in which the contenders take turns (%(default)s)")
+    add("--rounds", type=int, default=9, help="in which the contenders take turns (%(default)s)")
     add("--reference", type=Path, help="checkout of AntreasAntoniou/HowToTrainYourMAMLPytorch")
     add("--device", default="cpu", help="where to compute (%(default)s)")
     add("--only", choices=("times", "memory", "reference"), help="a part alone (default: all)")
-    add("--memory-ways", type=int, choices=(5, 20), default=5, help="of memory (%(default)s)")
+    add("--memory-ways", type=int, choices=(5, 20), default=20, help="of memory (%(default)s)")
     add("--memory-tasks", type=int, default=4, help="tasks for memory over K (%(default)s)")
     add("--limit", type=float, default=60.0, help="seconds for a number of memory (%(default)s)")
     add("--out", type=Path, default=HERE / "results" / "speed", help="folder (%(default)s)")
@@ -171,6 +185,8 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for pair in pairs(flags.device):
             question = replace(pair.question, **fixed)
             yield time_pair(replace(pair, question=question), flags.rounds)
+        for second_order, ways in ((True, 5), (True, 20), (False, 5), (False, 20)):
+            yield layouts(ways, second_order, flags.rounds, **fixed)
     if flags.reference and flags.only in (None, "reference"):
         yield from time_reference(flags.reference, flags.rounds, flags.threads)
         run = partial(memory_record, over={}, seconds=flags.limit)

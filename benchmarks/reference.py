@@ -30,7 +30,12 @@ QUESTION = Question("problems:conv4_leaky", (1, 28, 28))
 ANNEAL_EPOCHS = 10
 COMMIT = "86964701651c06e490271365fedb8789a72ef3f0"  # with which it was tried
 THEIRS = "authors' code"
-OURS = {"task_batch_loss": None, "task_batch_loss with chunk_size=1": 1}  # chunk_size
+# The chunk_size of task_batch_loss, and whether it is given channels_last.
+OURS = {
+    "task_batch_loss": (None, False),
+    "task_batch_loss with chunk_size=1": (1, False),
+    "task_batch_loss with chunk_size=1 in channels_last": (1, True),
+}
 SETTINGS: dict[str, Any] = {
     "batch_size": 8,
     "cnn_blocks_per_stage": 1,
@@ -143,8 +148,10 @@ def device() -> str:
 
 def contender(name: str, checkout: Path, threads: int | None = None) -> Any:
     """Returns one of the iterations; all start from the same weights and see the same data."""
-    model, batch = replace(QUESTION, threads=threads, device=device()).prepare()
-    return Reference(checkout, model, batch) if name == THEIRS else Ours(model, batch, OURS[name])
+    chunk_size, channels_last = OURS.get(name, (None, False))
+    question = replace(QUESTION, threads=threads, device=device(), channels_last=channels_last)
+    model, batch = question.prepare()
+    return Reference(checkout, model, batch) if name == THEIRS else Ours(model, batch, chunk_size)
 
 
 def memory_and_time(name: str, checkout: Path, threads: int | None = None) -> tuple[Memory, float]:

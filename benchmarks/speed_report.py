@@ -55,6 +55,11 @@ def table(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
         *map(_time_row, [r for r in found["records"] if r["kind"] == "time"]),
         "",
+        "| layout, in bare torch | MAML | MAML++ | MAML, channels_last | MAML++, channels_last "
+        "| each at its faster, MAML++ / MAML |",
+        "|---|---|---|---|---|---|",
+        *map(_layout_row, [r for r in found["records"] if r["kind"] == "layouts"]),
+        "",
         "| memory | ratio of increases | ratio of peaks | increases, MB | goal | |",
         "|---|---|---|---|---|---|",
         *_memory_rows([r for r in found["records"] if r["kind"] == "memory"]),
@@ -82,6 +87,19 @@ def _time_row(record: Record) -> str:
         f"| {record['name']}{chosen} | {found.median:.3f} ({found.low:.3f} to {found.high:.3f}) "
         f"| {best} | ≤ {record['goal']:.2f} | {_verdict(found.median, record['goal'])} |"
     )
+
+
+def _layout_row(record: Record) -> str:
+    """Every learner's time as a share of MAML's in torch's default layout."""
+    seconds = record["seconds"]
+    shares = [ratio(seconds[name], seconds["MAML"]).median for name in seconds]
+    fast = [
+        min(names, key=lambda name: statistics.median(seconds[name]))
+        for names in (("MAML++", "MAML++, channels_last"), ("MAML", "MAML, channels_last"))
+    ]
+    best = ratio(*(seconds[name] for name in fast))
+    cells = " | ".join(f"{share:.3f}" for share in shares)
+    return f"| {record['name']} | {cells} | {best.median:.3f} ({best.low:.3f} to {best.high:.3f}) |"
 
 
 def _verdict(value: float, goal: float) -> str:

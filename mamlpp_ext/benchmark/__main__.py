@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tasks", type=int, default=8, help="tasks of a meta-iteration (%(default)s)")
     add("--first-order", action="store_true", help="no derivatives of the inner gradients")
     add("--chunk-size", type=int, help="tasks that task_batch_loss takes at once (all)")
+    add("--channels-last", action="store_true", help="lay model and images out channels_last")
     add("--repeats", type=int, default=7, help="rounds in which all take turns (%(default)s)")
     add("--threads", type=int, help="of torch on the CPU (torch's own choice)")
     add("--device", default="cpu", help="where to compute (%(default)s)")
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             tasks=flags.tasks,
             second_order=not flags.first_order,
             chunk_size=flags.chunk_size,
+            channels_last=flags.channels_last,
             device=flags.device,
             threads=flags.threads,
         )

@@ -28,6 +28,7 @@ class Question:
         tasks: tasks of a meta-iteration.
         second_order: whether to differentiate through the inner gradients.
         chunk_size: how many tasks ``task_batch_loss`` takes at once; None for all.
+        channels_last: whether model and images are laid out channels_last.
         device: where to compute.
         threads: of torch on the CPU; None leaves them.
         seed: of the model and the data.
@@ -42,6 +43,7 @@ class Question:
     tasks: int = 8
     second_order: bool = True
     chunk_size: int | None = None
+    channels_last: bool = False
     device: str = "cpu"
     threads: int | None = None
     seed: int = 0
@@ -49,6 +51,11 @@ class Question:
     def __post_init__(self) -> None:
         for name in ("ways", "shots", "targets", "steps", "tasks"):
             checked_count(name, getattr(self, name))
+        if self.channels_last and len(self.shape) != 3:
+            raise ValueError(
+                f"channels_last is a layout of images [C, H, W], got inputs of shape {self.shape}; "
+                "leave it out"
+            )
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(
                 f"device {self.device!r} was asked for, but torch finds no GPU; use 'cpu', or "
@@ -57,10 +64,11 @@ class Question:
 
     def __str__(self) -> str:
         order = "second" if self.second_order else "first"
+        layout = ", channels_last" if self.channels_last else ""
         return (
             f"{self.ways}-way {self.shots}-shot, {self.targets} targets a class, inputs "
             f"{'x'.join(map(str, self.shape))}, {self.steps} inner steps, {self.tasks} tasks, "
-            f"{order} order"
+            f"{order} order{layout}"
         )
 
     def prepare(self) -> tuple[nn.Module, Batch]:
@@ -74,12 +82,22 @@ class Question:
             torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
         model = load_model(self.model).to(self.device).train()
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)
         return model, (*self._examples(self.shots), *self._examples(self.targets))
 
     def _examples(self, of_each_class: int) -> tuple[Tensor, Tensor]:
         labels = torch.arange(self.ways, device=self.device).repeat(of_each_class)
         inputs = torch.randn(self.tasks, len(labels), *self.shape, device=self.device)
-        return inputs, labels.expand(self.tasks, -1)
+        return self._laid_out(inputs), labels.expand(self.tasks, -1)
+
+    def _laid_out(self, inputs: Tensor) -> Tensor:
+        if not self.channels_last:
+            return inputs
+        # Not ``Tensor.to``: it leaves images of a single channel as they are, since their memory is
+        # the same in both layouts, but convolutions choose theirs by the strides.
+        rows = inputs.movedim(-3, -1).clone(memory_format=torch.contiguous_format)
+        return rows.movedim(-1, -3)
 
     def iteration(
         self, prepared: tuple[nn.Module, Batch], learner: str, loop: str
