@@ -85,7 +85,8 @@ class _Descend(QuickFunction):
 
 def _alike(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
     # A 0-dim parameter in half precision would take on the dtype of the rates.
-    return tuple(t.to(param.dtype) for t, param in zip(tensors, params, strict=True))
+    pairs = zip(tensors, params, strict=True)
+    return tuple([t if t.dtype == param.dtype else t.to(param.dtype) for t, param in pairs])
 
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:
