@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.closed_form import Running, batch_normalize, batch_normalize_into
+from mamlpp_ext.batch_norm_kernels import Running
+from mamlpp_ext.closed_form import batch_normalize, batch_normalize_into
 from mamlpp_ext.normalization import normalize
 from mamlpp_ext.quick_function import transforms_active
 from mamlpp_ext.running_statistics import RunningStatistics

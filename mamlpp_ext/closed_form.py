@@ -19,48 +19,34 @@ dx, dw, db:
                       to x: r P(q) - <u, dx> r/N xhat,
                             q = v g - w r (mean(g xhat) u + mean(u xhat) g)
 
-Each r P(.) is one ``native_batch_norm_backward``, which also returns the sums.
-``normalization.batch_normalize_reference`` composes the same of differentiable operations; the
-tests hold the two together, and third derivatives are taken through it.
+Each r P(.) is one ``native_batch_norm_backward``, which also returns the sums. Where derivatives
+of the double backward may follow, it is composed of differentiable operations instead.
+``normalization.batch_normalize_reference`` composes the forward of such; the tests hold the two
+together.
+
+In forward mode, with u, v, s the tangents of x, w, b, the same formulas serve once more: y moves
+by w r P(u) + v xhat + s, and since second derivatives are symmetric, dx and dw move by what the
+double backward has for x and w, besides the backward of g's own tangent.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp
+from torch.autograd import forward_ad
 
-from mamlpp_ext.normalization import batch_normalize_reference, wide
-from mamlpp_ext.quick_function import QuickFunction
-
-_backward = torch.ops.aten.native_batch_norm_backward.default
-# Output, mean, 1 / sqrt(var + eps), unbiased var.
-_Forward = tuple[Tensor, Tensor, Tensor, Tensor]
-# Elements from which on several fast passes beat torch's single slow one with one thread: in a
-# Function, and together with a Function's own cost. More threads help torch's pass more.
-_LARGE, _WORTH_A_FUNCTION = 50_000, 75_000
-
-
-class Running(NamedTuple):
-    """Running statistics to take a batch's own into, in place.
-
-    Attributes:
-        mean: [C].
-        var: unbiased, [C].
-        momentum: the batch's share; with 1 they become the batch's own.
-    """
-
-    mean: Tensor
-    var: Tensor
-    momentum: float
-
-    @classmethod
-    def of_batch(cls, x: Tensor, like: Tensor) -> Running:
-        """Returns ones that become the statistics of ``x`` alone, of the dtype of ``like``."""
-        mean, var = like.new_zeros(2, x.shape[1])
-        return cls(mean, var, 1.0)
+from mamlpp_ext.batch_norm_kernels import (
+    WORTH_A_FUNCTION,
+    Running,
+    double_backward,
+    double_backward_reference,
+    forward,
+    slow_in_torch,
+    sums_and_backward,
+)
+from mamlpp_ext.quick_function import QuickFunction, primals
 
 
 def batch_normalize(
@@ -105,7 +91,7 @@ def batch_normalize_into(
     Returns:
         The output as ``x``.
     """
-    if first_order and not _slow_in_torch(x, _WORTH_A_FUNCTION):
+    if first_order and not slow_in_torch(x, WORTH_A_FUNCTION):
         # Plain .data: torch would guard running statistics against later updates for the sake of a
         # backward that does not read them in training.
         mean, var, momentum = running.mean.data, running.var.data, running.momentum
@@ -132,65 +118,9 @@ def _unfold(tensor: Tensor | None, size: int, channel: int) -> Tensor | None:
     return None if tensor is None else torch.unflatten(tensor, channel, (size, -1))
 
 
-def _sums_and_backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns w r P(g), sum(g xhat) and sum(g)."""
-    every = [True, True, True]
-    return _backward(g, x, weight, None, None, mean, rstd, True, eps, every)  # type: ignore[no-any-return]
-
-
-def _slow_in_torch(x: Tensor, elements: int) -> bool:
-    if not x.is_cpu or x.numel() <= elements * torch.get_num_threads() ** 2:
-        return False
-    return x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
-
-
-def _torchs_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
-) -> _Forward:
-    if running is None:
-        running = Running.of_batch(x, x if weight is None else weight)
-    y, mean, rstd = torch.native_batch_norm(
-        x, weight, bias, running.mean, running.var, True, running.momentum, eps
-    )
-    return y, mean, rstd, running.var
-
-
-def _cpu_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
-) -> _Forward:
-    """The forward on large contiguous input on CPU.
-
-    torch's own kernel adds such input up one element at a time: 470 us for [5, 64, 28, 28] on one
-    core, where these passes take 120, and over fresh memory 170 instead of as much again.
-    """
-    count = x.numel() // x.shape[1]
-    # Sums of squares are taken about the first sample's mean. It need not be close to the others':
-    # being one of N, that sample is at most sqrt(N) standard deviations away from the mean.
-    rough = x[0].mean(list(range(1, x.dim() - 1))) if x.dim() > 2 else x[0]
-    centred = x - wide(rough, x)
-    spread, total = _centred_sums(centred, centred, torch.zeros_like(rough), 1 / count)
-    offset = total / count
-    var = torch.addcmul(spread, offset, offset, value=-1).clamp_min_(0)
-    # In place: a fresh output would cost more in page faults than the arithmetic does.
-    nothing = centred.new_empty(0), centred.new_empty(0)
-    out = (centred, *nothing)
-    torch.native_batch_norm(centred, weight, bias, offset, var, False, 0.0, eps, out=out)
-    mean, unbiased = rough + offset, var * (count / (count - 1))
-    if running is not None:
-        running.mean.lerp_(mean, running.momentum)
-        running.var.lerp_(unbiased, running.momentum)
-    return centred, mean, torch.rsqrt(var + eps), unbiased
-
-
-def _centred_sums(a: Tensor, b: Tensor, mean: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns scale sum(a (b - mean)) and sum(a) by channel: one vectorised pass, no temporary.
-
-    These are the weight and bias gradients of a batch norm with this 1 / sqrt(var).
-    """
-    rstd, sums = torch.full_like(mean, scale), [False, True, True]
-    return _backward(a, b, None, None, None, mean, rstd, True, 0.0, sums)[1:]  # type: ignore[no-any-return]
+def _derived_further() -> bool:
+    """Returns whether derivatives of a derivative may be asked for, in reverse or forward mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 class _BatchNorm(QuickFunction):
@@ -202,7 +132,6 @@ class _BatchNorm(QuickFunction):
         eps: float,
         running: Running | None,
     ) -> Any:
-        forward = _cpu_forward if _slow_in_torch(x, _LARGE) else _torchs_forward
         return forward(x, weight, bias, eps, running)
 
     @staticmethod
@@ -212,6 +141,7 @@ class _BatchNorm(QuickFunction):
         _, mean, rstd, var = output
         ctx.mark_non_differentiable(mean, rstd, var)
         ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.save_for_forward(x, weight, mean, rstd)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -219,10 +149,23 @@ class _BatchNorm(QuickFunction):
         if g is None:
             return None, None, None, None, None
         x, weight, mean, rstd = ctx.saved_tensors
-        # Without a graph wanted, the Function's own bookkeeping would be in vain.
-        function: Any = _BatchNormBackward.apply if torch.is_grad_enabled() else _sums_and_backward
+        # Without further derivatives, the Function's own bookkeeping would be in vain.
+        function: Any = _BatchNormBackward.apply if _derived_further() else sums_and_backward
         dx, dw, db = function(g, x, weight, mean, rstd, ctx.eps)
         return dx, None if weight is None else dw, db if ctx.has_bias else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None, *_: Any) -> Any:
+        parts = []
+        with primals(ctx.saved_tensors) as (x, weight, mean, rstd):
+            if u is not None:
+                apply: Any = _BatchNormBackward.apply
+                parts.append(apply(u, x, weight, mean, rstd, ctx.eps)[0])
+            if v is not None or s is not None:
+                # The output is linear in weight and bias: their tangents take their places.
+                v = torch.zeros_like(mean) if v is None else v
+                parts.append(batch_normalize(x, v, s, ctx.eps)[0])
+            return sum(parts), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Any, bias: Any, eps: float, _: Any) -> Any:
@@ -243,21 +186,37 @@ class _BatchNormBackward(QuickFunction):
     def forward(
         g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
     ) -> Any:
-        return _sums_and_backward(g, x, weight, mean, rstd, eps)
+        return sums_and_backward(g, x, weight, mean, rstd, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         g, x, weight, mean, rstd, ctx.eps = inputs
         _, dw, db = output
         ctx.save_for_backward(g, x, weight, mean, rstd, dw, db)
+        ctx.save_for_forward(g, x, weight, mean, rstd, dw, db)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:
         u = torch.zeros_like(ctx.saved_tensors[0]) if u is None else u
-        # With a graph wanted a third derivative may follow: keep this one differentiable.
-        formula = _double_backward_reference if torch.is_grad_enabled() else _double_backward
-        return *formula(ctx.saved_tensors, ctx.eps, u, v, s), None, None, None
+        # A third derivative may follow: keep this one differentiable.
+        formula = double_backward_reference if _derived_further() else double_backward
+        to_g, to_x, to_w = formula(ctx.saved_tensors, ctx.eps, u, v, s)
+        return to_g, to_x, to_w if ctx.needs_input_grad[2] else None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, g_moved: Tensor | None, u: Tensor | None, v: Tensor | None, *_: Any) -> Any:
+        # Second derivatives are symmetric: those along x and weight are the double backward's.
+        with primals(ctx.saved_tensors) as saved:
+            x, weight, mean, rstd = saved[1:5]
+            u = torch.zeros_like(x) if u is None else u
+            along_x = double_backward_reference(saved, ctx.eps, u, v, None)[1:]
+            moved = *along_x, torch.zeros_like(mean)
+            if g_moved is not None:  # linear in g
+                apply: Any = _BatchNormBackward.apply
+                along_g = apply(g_moved, x, weight, mean, rstd, ctx.eps)
+                return tuple(a + b for a, b in zip(moved, along_g, strict=True))
+            return moved
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -270,53 +229,3 @@ class _BatchNormBackward(QuickFunction):
         apply: Any = _BatchNormBackward.apply
         dx, dw, db = apply(*folded, eps)
         return (_unfold(dx, size, 1), _unfold(dw, size, 0), _unfold(db, size, 0)), (1, 0, 0)
-
-
-def _double_backward(
-    saved: tuple[Any, ...], eps: float, u: Tensor, v: Tensor | None, s: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The double backward in the module docstring, with as few passes over memory as possible.
-
-    With the sums known, what goes to x is g, u and x by a factor of its own for each channel.
-    """
-    g, x, weight, mean, rstd, dw, db = saved
-    count = x.numel() / x.shape[1]
-    slope = rstd if weight is None else rstd * weight
-    to_g, u_xhat, u_sum = _sums_and_backward(u, x, weight, mean, rstd, eps)
-    zero = torch.zeros_like(mean)
-    u_g, _ = _centred_sums(u, g, zero, 1.0)
-    share = slope / -count
-    to_w = rstd * (u_g - torch.addcmul(u_sum * db, u_xhat, dw) / count)
-    of_g = share * u_xhat if v is None else torch.addcmul(v, share, u_xhat)  # the factors in q
-    of_u = share * dw
-    q_sum, q_xhat = of_g * db, of_g * dw
-    q_sum.addcmul_(of_u, u_sum)
-    q_xhat.addcmul_(of_u, u_xhat)
-    of_x = torch.addcmul(share * to_w, rstd, q_xhat, value=-1 / count).mul_(rstd)
-    constant = (rstd * q_sum).div_(-count).addcmul_(of_x, mean, value=-1)
-    # Batch norm in eval mode is the one kernel that scales and shifts by channel in a single pass.
-    one = torch.ones_like(zero)
-    to_x = torch.native_batch_norm(g, rstd * of_g, constant, zero, one, False, 0.0, 0.0)[0]
-    to_x.addcmul_(u, wide(rstd * of_u, u)).addcmul_(x, wide(of_x, x))
-    if v is not None:
-        to_g.addcmul_(x, wide(v * rstd, x)).sub_(wide(v * rstd * mean, x))
-    if s is not None:
-        to_g.add_(wide(s, x))
-    return to_g, to_x, None if weight is None else to_w
-
-
-def _double_backward_reference(
-    saved: tuple[Any, ...], eps: float, u: Tensor, v: Tensor | None, s: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    g, x, weight, *_ = saved
-
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return batch_normalize_reference(x, weight, bias, eps)[0]
-
-    def backward(g: Tensor, x: Tensor, weight: Tensor) -> Any:
-        return vjp(forward, x, weight, torch.zeros_like(weight))[1](g)
-
-    scale = g.new_ones(g.shape[1]) if weight is None else weight
-    arrived = (u, *(torch.zeros_like(scale) if t is None else t for t in (v, s)))
-    to_g, to_x, to_w = vjp(backward, g, x, scale)[1](arrived)
-    return to_g, to_x, None if weight is None else to_w

@@ -36,7 +36,8 @@ def descend_reference(
 ) -> tuple[Tensor, ...]:
     """What :func:`descend` computes, composed of differentiable operations."""
     triples = zip(params, grads, rates.unbind(), strict=True)
-    return tuple(torch.addcmul(param, grad, rate, value=-1) for param, grad, rate in triples)
+    updated = [torch.addcmul(param, grad, rate, value=-1) for param, grad, rate in triples]
+    return _alike(updated, params)
 
 
 class _Descend(QuickFunction):
@@ -46,7 +47,7 @@ class _Descend(QuickFunction):
     def forward(rates: Tensor, *tensors: Tensor) -> Any:
         count = len(rates)
         params, grads = tensors[:count], tensors[count:]
-        return tuple(torch._foreach_addcmul(params, grads, rates.unbind(), value=-1))
+        return _alike(torch._foreach_addcmul(params, grads, rates.unbind(), value=-1), params)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -65,7 +66,7 @@ class _Descend(QuickFunction):
             zero = rates.new_zeros(())
             pairs = zip(arrived, grads, strict=True)
             products = [zero if c is None else _inner_product(c, g) for c, g in pairs]
-            slopes = torch.stack(products).neg().to(rates.dtype)
+            slopes = torch.stack(products).neg()
         if any(others[len(grads) :]):
             pairs = zip(arrived, rates.neg().unbind(), strict=True)
             scaled = [None if c is None else c * rate for c, rate in pairs]
@@ -79,7 +80,13 @@ class _Descend(QuickFunction):
             out = torch.zeros_like(grads[i]) if param is None else param
             out = out if grad is None else out - rates[i] * grad
             total.append(out if rates_moved is None else out - rates_moved[i] * grads[i])
-        return tuple(total)
+        return _alike(total, grads)
+
+
+def _alike(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    # A 0-dim parameter in half precision would take on the dtype of the rates.
+    pairs = zip(tensors, params, strict=True)
+    return tuple([t if t.dtype == param.dtype else t.to(param.dtype) for t, param in pairs])
 
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 # What torch.autograd.Function itself asks; not there, every call takes the longer way.
 transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -22,3 +26,16 @@ class QuickFunction(torch.autograd.Function):
         if transforms_active():
             return super().apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+@contextmanager
+def primals(saved: Sequence[Tensor | None]) -> Iterator[tuple[Any, ...]]:
+    """Yields what a ``jvp`` has saved, without tangents, for it to compute with.
+
+    torch turns forward mode off within ``jvp``, and with it that of every enclosing transform: its
+    tangents would be lost without a word. So it is on again here, and only the tangents of this
+    very call are put aside.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        unpack: Any = forward_ad.unpack_dual
+        yield tuple(None if t is None else unpack(t).primal for t in saved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.closed_form import Running
+from mamlpp_ext.batch_norm_kernels import Running
 from mamlpp_ext.steps import InnerStep
 
 
@@ -76,7 +76,7 @@ class RunningStatistics(nn.Module):
         except RuntimeError as error:
             raise RuntimeError(
                 f"{type(self).__name__} could not update its running statistics in place. Inside a "
-                "torch.func transform (vmap, grad) that is not possible: use "
+                "torch.func transform (vmap, grad, jvp) that is not possible: use "
                 "mamlpp_ext.task_batch_loss, which collects and commits them, or wrap the call in "
                 "mamlpp_ext.frozen_statistics(model)"
             ) from error
