@@ -82,19 +82,17 @@ def pairs(device: str) -> Iterator[Pair]:
         yield Pair(name, replace(problem, tasks=tasks), BATCH, PEERS[:1], 1 / times)
 
 
-def layouts(ways: int, second_order: bool, rounds: int, **fixed: Any) -> dict[str, Any]:
-    """Returns the record of both learners in both layouts, in one run of a bare loop."""
-    both = PROBLEMS[f"Conv4-64 {ways}-way"]
+def layouts(name: str, question: Question, rounds: int) -> dict[str, Any]:
+    """Returns the record of both learners in both layouts, in a bare loop."""
     runs = {}
-    for layout in (False, True):
-        question = replace(both, second_order=second_order, tasks=2, channels_last=layout, **fixed)
-        prepared = question.prepare()
+    for channels_last in (False, True):
+        asked = replace(question, channels_last=channels_last)
+        prepared = asked.prepare()
         for learner in ("MAML", "MAML++"):
-            name = f"{learner}, channels_last" if layout else learner
-            runs[name] = question.iteration(prepared, learner, "bare torch")
-    order = "second" if second_order else "first"
+            about = f"{learner}, channels_last" if channels_last else learner
+            runs[about] = asked.iteration(prepared, learner, "bare torch")
     seconds = alternate(runs, rounds, question.device)
-    return {"kind": "layouts", "name": f"{ways}-way, {order} order", "seconds": seconds}
+    return {"kind": "layouts", "name": name, "seconds": seconds}
 
 
 def time_pair(pair: Pair, rounds: int) -> dict[str, Any]:
@@ -185,8 +183,10 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for pair in pairs(flags.device):
             question = replace(pair.question, **fixed)
             yield time_pair(replace(pair, question=question), flags.rounds)
-        for second_order, ways in ((True, 5), (True, 20), (False, 5), (False, 20)):
-            yield layouts(ways, second_order, flags.rounds, **fixed)
+        for pair in pairs(flags.device):
+            if "MAML++ / MAML in bare torch" in pair.name:
+                question = replace(pair.question, **fixed)
+                yield layouts(pair.name.partition(", ")[2], question, flags.rounds)
     if flags.reference and flags.only in (None, "reference"):
         yield from time_reference(flags.reference, flags.rounds, flags.threads)
         run = partial(memory_record, over={}, seconds=flags.limit)

@@ -151,6 +151,24 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "![Time and memory" in readme.read_text()
 
 
+def test_layouts() -> None:
+    small = replace(problems.PROBLEMS["Conv4-64 5-way"], tasks=1, steps=1, threads=1)
+    record = compare.layouts("5-way", small, rounds=1)
+    layouts = ["MAML", "MAML++", "MAML, channels_last", "MAML++, channels_last"]
+    assert list(record["seconds"]) == layouts
+    record["seconds"] = dict(zip(layouts, ([4.0], [3.0], [5.0], [2.0]), strict=True))
+    # Each as a share of MAML; then the faster MAML++ by the faster MAML, 2 / 4.
+    row = "| 5-way | 1.000 | 0.750 | 1.250 | 0.500 | 0.500 (0.500 to 0.500) |"
+    assert speed_report._layout_row(record) == row
+    _, (images, *_) = replace(small, channels_last=True).prepare()
+    assert images[0].stride() == (784, 1, 28, 1)  # though its memory is that of [N, C, H, W]
+
+
+def test_channels_last_is_for_images() -> None:
+    with pytest.raises(ValueError, match=r"images \[C, H, W\], got inputs of shape \(20,\)"):
+        replace(TINY, channels_last=True)
+
+
 def test_reference_needs_a_checkout(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="give a checkout of AntreasAntoniou/HowToTrain"):
         reference.contender(reference.THEIRS, tmp_path)

@@ -83,7 +83,7 @@ class Question:
         torch.manual_seed(self.seed)
         model = load_model(self.model).to(self.device).train()
         if self.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model, (*self._examples(self.shots), *self._examples(self.targets))
 
     def _examples(self, of_each_class: int) -> tuple[Tensor, Tensor]:
