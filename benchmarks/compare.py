@@ -164,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--threads", type=int, default=2, help="of torch (%(default)s)")
-    add("--rounds", type=int, default=9, help="in which the contenders take turns (%(default)s)")
+    add("--rounds", type=int, default=7, help="in which the contenders take turns (%(default)s)")
     add("--reference", type=Path, help="checkout of AntreasAntoniou/HowToTrainYourMAMLPytorch")
     add("--device", default="cpu", help="where to compute (%(default)s)")
     add("--only", choices=("times", "memory", "reference"), help="a part alone (default: all)")
