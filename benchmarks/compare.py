@@ -111,7 +111,8 @@ def time_reference(checkout: Path, rounds: int, threads: int) -> Iterator[dict[s
     names = (*reference.OURS, reference.THEIRS)
     runs = {name: reference.contender(name, checkout, threads) for name in names}
     first = {name: run() for name, run in runs.items()}
-    if max(first.values()) - min(first.values()) > 1e-4:
+    # In another layout float32 rounds otherwise: 3e-4 after five steps, where float64 has 5e-15.
+    if max(first.values()) - min(first.values()) > 1e-3:
         raise RuntimeError(
             f"the first losses differ, {first}, so that the iterations do not compute the same; "
             f"the comparison was made with commit {reference.COMMIT} of the authors' code"
@@ -168,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--reference", type=Path, help="checkout of AntreasAntoniou/HowToTrainYourMAMLPytorch")
     add("--device", default="cpu", help="where to compute (%(default)s)")
     add("--only", choices=("times", "memory", "reference"), help="a part alone (default: all)")
-    add("--memory-ways", type=int, choices=(5, 20), default=20, help="of memory (%(default)s)")
+    add("--memory-ways", type=int, choices=(5, 20), default=5, help="of memory (%(default)s)")
     add("--memory-tasks", type=int, default=4, help="tasks for memory over K (%(default)s)")
     add("--limit", type=float, default=60.0, help="seconds for a number of memory (%(default)s)")
     add("--out", type=Path, default=HERE / "results" / "speed", help="folder (%(default)s)")

@@ -13,6 +13,7 @@ import torch
 import cases
 import compare
 import problems
+import profile_iteration
 import reference
 import speed_report
 from mamlpp_ext.benchmark.measure import Memory
@@ -201,3 +202,13 @@ def test_our_side_of_the_reference() -> None:
     assert all(
         layer.weight.grad.any(dim=1).all() for layer in ours.net if hasattr(layer, "num_steps")
     )
+
+
+def test_the_profile_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    profile_iteration.main(["--tasks=1", "--threads=1", "--repeats=1", "--first-order"])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5
+    for row in rows:
+        convolutions, *others, everything = map(float, row.split("|")[2:-1])
+        assert convolutions > 0
+        assert convolutions + sum(others) == pytest.approx(everything, abs=0.31)  # rounded

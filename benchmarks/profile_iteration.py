@@ -1,0 +1,79 @@
+"""Where the time of a meta-iteration goes: milliseconds a task in each kind of operation.
+
+    python benchmarks/profile_iteration.py --ways 5 --first-order
+
+Prints a table for benchmarks/README.md. Times are torch's profiler's own of the calling thread, which
+waits for the others; what is left of the wall clock is Python, the profiler's cost included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+
+from torch.profiler import ProfilerActivity, profile
+
+from mamlpp_ext.benchmark.loops import MetaIteration
+from problems import PROBLEMS
+
+# The first kind that has a part of an operation's name; all others are the last kind.
+KINDS = {
+    "convolutions": ("conv",),
+    "max pooling": ("max_pool", "MaxPool", "gather"),
+    "batch norm": ("batch_norm", "BatchNorm"),
+    "ReLU": ("relu", "Relu", "threshold", "Threshold", "clamp_min"),
+    "other operations": ("",),
+}
+CONTENDERS = [
+    (learner, loop) for loop in ("higher", "torchopt") for learner in ("MAML", "MAML++")
+] + [("MAML++", "task_batch_loss")]
+
+
+def shares(iteration: MetaIteration, repeats: int) -> dict[str, float]:
+    """Returns the seconds of one iteration by kind of operation."""
+    for _ in range(2):
+        iteration()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            iteration()
+        wall = time.perf_counter() - start
+    found = dict.fromkeys(KINDS, 0.0)
+    for event in seen.key_averages():
+        kind = next(kind for kind, parts in KINDS.items() if any(p in event.key for p in parts))
+        found[kind] += event.self_cpu_time_total / 1e6
+    found["Python"] = wall - sum(found.values())
+    return {kind: seconds / repeats for kind, seconds in {**found, "all": wall}.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ways", type=int, choices=(5, 20), default=5, help="of the tasks (%(default)s)")
+    add("--first-order", action="store_true", help="no derivatives of the inner gradients")
+    add("--channels-last", action="store_true", help="the layout of model and images")
+    add("--tasks", type=int, default=8, help="of an iteration (%(default)s)")
+    add("--threads", type=int, default=2, help="of torch (%(default)s)")
+    add("--repeats", type=int, default=5, help="iterations of each (%(default)s)")
+    flags = parser.parse_args(arguments)
+    question = replace(
+        PROBLEMS[f"Conv4-64 {flags.ways}-way"],
+        second_order=not flags.first_order,
+        channels_last=flags.channels_last,
+        tasks=flags.tasks,
+        threads=flags.threads,
+    )
+    prepared = question.prepare()
+    print("| ms a task | " + " | ".join((*KINDS, "Python", "all")) + " |")
+    print("|---" * (len(KINDS) + 3) + "|")
+    for contender in CONTENDERS:
+        found = shares(question.iteration(prepared, *contender), flags.repeats)
+        cells = (f"{1e3 * seconds / flags.tasks:.1f}" for seconds in found.values())
+        print(f"| {' in '.join(contender)} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
