@@ -2,7 +2,7 @@
 
     python benchmarks/profile_iteration.py --ways 5 --first-order
 
-Prints a table for benchmarks/README.md. Times are torch's profiler's own of the calling thread, which
+Prints a table for benchmarks/README.md. Times are torch's profiler's own of the calling thread, that
 waits for the others; what is left of the wall clock is Python, the profiler's cost included.
 """
 

@@ -47,7 +47,6 @@ def task_batch_loss(
     aggregate: Aggregate | None = None,
     second_order: bool = True,
     rematerialize: bool = False,
-    compile: bool = False,
     chunk_size: int | None = None,
     all_step_losses: bool = True,
     process_group: ProcessGroup | None = None,
@@ -71,12 +70,8 @@ def task_batch_loss(
         second_order: whether to differentiate through the inner gradients.
         rematerialize: keep only each step's weights and rebuild its graph in the backward: memory
             nearly flat in ``num_steps``, for more time. Gradients then reach the model, the rates
-            and the batch, not tensors that ``loss_fn`` closes over, and have no graph themselves.
-        compile: rematerialise by steps that are traced and compiled once, for some seconds to a
-            minute, and kept with the model: one inner step and its backward for each combination
-            of shapes, modes and ``loss_fn`` (pass the same function each time). Random layers
-            cannot be compiled, nor adapted tables of per-step layers. Without a compiler it warns
-            and runs the traced step.
+            and the batch, and have no graph themselves; tensors that ``loss_fn`` closes over get
+            the last step's share alone, so pass what is learned through the model.
         chunk_size: how many tasks at once; None for all. The gradients of a chunk are taken before
             the next begins, so memory is that of one chunk at no cost in time; they then reach and
             are limited as with ``rematerialize``. ``aggregate`` is applied to each chunk.
@@ -120,7 +115,6 @@ def task_batch_loss(
         loss_fn,
         second_order=second_order,
         rematerialize=rematerialize,
-        compile=compile,
         all_step_losses=all_step_losses,
     )
     parts = list(zip(*(torch.split(tensor, size) for tensor in batch), strict=True))

@@ -33,7 +33,6 @@ class TaskBatchLoss(nn.Module):
         num_steps: K, the number of inner steps.
         aggregate: as in :func:`task_batch_loss`; a :class:`MultiStepLoss` goes on by its ``step``.
         rematerialize: as in :func:`task_batch_loss`.
-        compile: likewise.
         chunk_size: likewise.
         all_step_losses: likewise.
         process_group: likewise.
@@ -65,7 +64,6 @@ class TaskBatchLoss(nn.Module):
         num_steps: int,
         aggregate: Aggregate | None = None,
         rematerialize: bool = False,
-        compile: bool = False,
         chunk_size: int | None = None,
         all_step_losses: bool = True,
         process_group: ProcessGroup | None = None,
@@ -74,7 +72,7 @@ class TaskBatchLoss(nn.Module):
         lslr.parameters_of(model)  # refuses another model's rates now, not in the first forward
         self.model, self.lslr = model, lslr
         self.loss_fn, self.num_steps, self.aggregate = loss_fn, num_steps, aggregate
-        self.rematerialize, self.compiled, self.chunk_size = rematerialize, compile, chunk_size
+        self.rematerialize, self.chunk_size = rematerialize, chunk_size
         self.all_step_losses, self.process_group = all_step_losses, process_group
 
     def forward(
@@ -112,7 +110,6 @@ class TaskBatchLoss(nn.Module):
             aggregate=self.aggregate,
             second_order=second_order,
             rematerialize=self.rematerialize,
-            compile=self.compiled,
             chunk_size=self.chunk_size,
             all_step_losses=self.all_step_losses,
             process_group=self.process_group,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.compiled_steps import run_compiled
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.rematerialize import rematerialized
 from mamlpp_ext.steps import Tape, per_step_layers
@@ -25,12 +24,10 @@ class TaskLoop:
         *,
         second_order: bool,
         rematerialize: bool,
-        compile: bool,
         all_step_losses: bool,
     ) -> None:
         self.model, self.lslr, self.loss_fn = model, lslr, loss_fn
         self.second_order, self.rematerialize = second_order, rematerialize
-        self.compile = compile
         self.all_step_losses = all_step_losses
         self.initial = lslr.parameters_of(model)
         outer = [p for name, p in model.named_parameters() if name not in self.initial]
@@ -54,15 +51,11 @@ class TaskLoop:
             data = tuple(tensor[0] for tensor in data)
         else:
             adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
-            if self.compile:  # the layout of later steps, so that one graph serves all
-                adapted = {name: t.clone() for name, t in adapted.items()}
         losses, tape = [], Tape()
         for step, counts in enumerate(counted):
             one_step = Step(self, step, counts, data, single)
-            if self.compile:
-                outputs = run_compiled(one_step, adapted)
             # The last step's graph is what the backward begins with: it would be rebuilt at once.
-            elif self.rematerialize and torch.is_grad_enabled() and step < len(counted) - 1:
+            if self.rematerialize and torch.is_grad_enabled() and step < len(counted) - 1:
                 learned = [tensor for tensor in data if tensor.requires_grad]
                 captured = [*self.captured, *learned]
                 outputs = rematerialized(one_step, tuple(adapted.values()), captured)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,6 @@ if TYPE_CHECKING:
 
 Params = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Given(NamedTuple):
-    """What an inner step reads besides the adapted tensors.
-
-    Attributes:
-        data: x_support, y_support, x_target, y_target.
-        at: the inner step at which per-step layers compute.
-        placed: other tensors that stand in for the model's own, by where they are.
-    """
-
-    data: tuple[Tensor, ...]
-    at: int
-    placed: Params
 
 
 class Step:
@@ -56,37 +42,36 @@ class Step:
         self.check_mode()
         self.places = []
         adapted = dict(zip(self.inner.initial, tensors, strict=True))
-        given = Given(self.data, self.step, {})
-        grads, *seen = self.gradients(adapted, given)
+        grads, *seen = self.gradients(adapted)
         updated = self.inner.lslr.update(adapted, dict(zip(adapted, grads, strict=True)), self.step)
         # A step that is rebuilt for the gradient needs no target loss without one.
         again, self.again = self.again, True
         if self.counts or (self.inner.all_step_losses and not again):
-            losses, logits, *seen_later = self.targets(updated, given)
+            losses, logits, *seen_later = self.targets(updated)
         else:
             losses, logits, seen_later = *self.no_targets(), []
         return *updated.values(), losses, logits, *seen, *seen_later
 
-    def gradients(self, adapted: Params, given: Given) -> Any:
+    def gradients(self, adapted: Params) -> Any:
         """Returns the support loss's gradients in a list, then the statistics of its forward."""
         tracked = torch.is_grad_enabled()
         if not tracked:  # evaluation, or a step whose graph is rebuilt later
             adapted = {name: t.detach().requires_grad_() for name, t in adapted.items()}
-        x, y, *_ = given.data
+        x, y, *_ = self.data
         second_order = tracked and self.inner.second_order
         with torch.enable_grad():
-            losses, (_, seen) = self._forward(adapted, x, y, given, second_order)
+            losses, (_, seen) = self._forward(adapted, x, y, second_order)
             # No loss depends on another task's weights: the sum's gradient is each one's.
             grads = torch.autograd.grad(
                 losses.sum(), [*adapted.values()], create_graph=second_order, allow_unused=True
             )
         return [*grads], *seen
 
-    def targets(self, updated: Params, given: Given) -> Any:
+    def targets(self, updated: Params) -> Any:
         """Returns the target losses, the logits, then the statistics of their forward."""
-        *_, x, y = given.data
+        *_, x, y = self.data
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.counts):
-            losses, (logits, seen) = self._forward(updated, x, y, given, False)
+            losses, (logits, seen) = self._forward(updated, x, y, False)
         return losses, logits.detach(), *seen
 
     def no_targets(self) -> tuple[Tensor, Tensor]:
@@ -96,23 +81,22 @@ class Step:
         return nothing, nothing
 
     def _forward(
-        self, adapted: Params, x: Tensor, y: Tensor, given: Given, second_order: bool
+        self, adapted: Params, x: Tensor, y: Tensor, second_order: bool
     ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
         model = self.inner.model
-        with at_step(model, given.at), of_order(model, second_order):
+        with at_step(model, self.step), of_order(model, second_order):
             if self.single:
-                return self._loss(adapted, x, y, given.placed)
-            each = (0, 0, 0, None)
-            return vmap(self._loss, each, randomness="different")(adapted, x, y, given.placed)
+                return self._loss(adapted, x, y)
+            return vmap(self._loss, randomness="different")(adapted, x, y)
 
     def _loss(
-        self, adapted: Params, x: Tensor, y: Tensor, placed: Params
+        self, adapted: Params, x: Tensor, y: Tensor
     ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
         tape: Tape = []
         for layer in self.inner.layers:
             layer.inner_step.tape = tape
         try:
-            placed = {**placed, **{at: adapted[name] for at, name in self.inner.places.items()}}
+            placed = {place: adapted[name] for place, name in self.inner.places.items()}
             logits = functional_call(self.inner.model, placed, (x,), tie_weights=False)
             loss = self.inner.loss_fn(logits, y)
         finally:

@@ -32,7 +32,7 @@ SIGNATURES = {
         "PerStepBatchNorm1d": PER_STEP,
         "PerStepBatchNorm2d": PER_STEP,
         "PerStepBatchNorm3d": PER_STEP,
-        "TaskBatchLoss": "model lslr loss_fn *num_steps *aggregate *rematerialize *compile "
+        "TaskBatchLoss": "model lslr loss_fn *num_steps *aggregate *rematerialize "
         "*chunk_size *all_step_losses *process_group",
         "TaskBatchResult": "loss step_losses logits",
         "at_step": "module step",
@@ -43,7 +43,7 @@ SIGNATURES = {
         "inner_steps": "module num_steps *second_order",
         "multi_step_loss_weights": "num_steps epoch anneal_epochs",
         "task_batch_loss": "model lslr batch loss_fn *num_steps *aggregate *second_order "
-        "*rematerialize *compile *chunk_size *all_step_losses *process_group",
+        "*rematerialize *chunk_size *all_step_losses *process_group",
     },
     "mamlpp_ext.integrations.higher": {
         "DifferentiableLSLR": "other args kwargs",
