@@ -2,8 +2,8 @@
 
     python benchmarks/profile_iteration.py --ways 5 --first-order
 
-Prints a table for benchmarks/README.md. Times are torch's profiler's own of the calling thread, that
-waits for the others; what is left of the wall clock is Python, the profiler's cost included.
+Prints a table for benchmarks/README.md. Times are the profiler's of the calling thread, which waits
+for the others; what is left of the wall clock is Python, the profiler's cost included.
 """
 
 from __future__ import annotations
