@@ -741,6 +741,11 @@ OUTSIDE: dict[str, Row] = {
         ValueError,
         ("shape (5, 2) for 5 inputs", "[5, 3 or more]", "set --ways"),
     ),
+    "benchmark, channels_last without images": (
+        lambda n: Question("module:model", (20,), channels_last=True),
+        ValueError,
+        ("channels_last is a layout of images [C, H, W]", "(20,)", "leave it out"),
+    ),
     "benchmark, no GPU": (
         without_gpu,
         ValueError,
