@@ -113,7 +113,7 @@ def _centred_sums(a: Tensor, b: Tensor, mean: Tensor, scale: float) -> tuple[Ten
 def double_backward(
     saved: tuple[Any, ...], eps: float, u: Tensor, v: Tensor | None, s: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The double backward in the module docstring, with as few passes over memory as possible.
+    """The double backward of ``closed_form``, with as few passes over memory as possible.
 
     With the sums known, what goes to x is g, u and x by a factor of its own for each channel.
     """

@@ -14,8 +14,7 @@ from mamlpp_ext.gather import gathered
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import Tape, checked_count
-from mamlpp_ext.task_loop import TaskLoop
-from mamlpp_ext.task_step import Loss
+from mamlpp_ext.task_loop import Loss, TaskLoop
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.task_batch import Aggregate, TaskBatchResult, task_batch_loss
-from mamlpp_ext.task_step import Loss
+from mamlpp_ext.task_loop import Loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.rematerialize import rematerialized
-from mamlpp_ext.steps import Tape, per_step_layers
-from mamlpp_ext.task_step import Loss, Params, Step
+from mamlpp_ext.steps import Tape, at_step, of_order, per_step_layers
+
+Params = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class TaskLoop:
@@ -53,7 +57,7 @@ class TaskLoop:
             adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
         losses, tape = [], Tape()
         for step, counts in enumerate(counted):
-            one_step = Step(self, step, counts, data, single)
+            one_step = _Step(self, step, counts, data, single)
             # The last step's graph is what the backward begins with: it would be rebuilt at once.
             if self.rematerialize and torch.is_grad_enabled() and step < len(counted) - 1:
                 learned = [tensor for tensor in data if tensor.requires_grad]
@@ -67,6 +71,100 @@ class TaskLoop:
             losses.append(loss)
             tape += zip(one_step.places, statistics[::2], statistics[1::2], strict=True)
         return torch.stack(losses, dim=1), logits, tape
+
+
+class _Step:
+    """One inner step of a chunk of tasks, a pure function of the adapted tensors.
+
+    Attributes:
+        places: the layer and row of each batch statistic among the outputs.
+    """
+
+    def __init__(
+        self, inner: TaskLoop, step: int, counts: bool, data: tuple[Tensor, ...], single: bool
+    ) -> None:
+        self.inner, self.step, self.counts, self.data = inner, step, counts, data
+        self.single, self.again = single, False
+        self.mode = self._mode()
+        self.places: list[tuple[nn.Module, int]] = []
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns the updated tensors, the target losses [T], the logits and the statistics.
+
+        For a single task they are without the dimension T.
+        """
+        if self._mode() != self.mode:  # rebuilding the step would compute something else
+            raise RuntimeError(
+                "the model was switched between train, eval or frozen_statistics before the "
+                "backward of a rematerialised task_batch_loss; call backward first"
+            )
+        self.places = []
+        adapted = dict(zip(self.inner.initial, tensors, strict=True))
+        x_support, y_support, x_target, y_target = self.data
+        tracked = torch.is_grad_enabled()
+        if not tracked:  # evaluation, or a step whose graph is rebuilt later
+            adapted = {name: t.detach().requires_grad_() for name, t in adapted.items()}
+        model, second_order = self.inner.model, self.inner.second_order
+        with at_step(model, self.step), of_order(model, tracked and second_order):
+            with torch.enable_grad():
+                losses, (_, seen) = self._forward(adapted, x_support, y_support)
+                # No loss depends on another task's weights: the sum's gradient is each one's.
+                grads = torch.autograd.grad(
+                    losses.sum(),
+                    [*adapted.values()],
+                    create_graph=tracked and self.inner.second_order,
+                    allow_unused=True,
+                )
+            updated = self.inner.lslr.update(
+                adapted, dict(zip(adapted, grads, strict=True)), self.step
+            )
+            # A step that is rebuilt for the gradient needs no target loss without one.
+            again, self.again = self.again, True
+            if not self.counts and (again or not self.inner.all_step_losses):
+                nothing = torch.full_like(losses, math.nan)
+                return *updated.values(), nothing, nothing, *seen
+            with torch.set_grad_enabled(tracked and self.counts):
+                losses, (logits, seen_later) = self._forward(updated, x_target, y_target)
+        return *updated.values(), losses, logits.detach(), *seen, *seen_later
+
+    def _forward(
+        self, adapted: Params, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        if self.single:
+            return self._loss(adapted, x, y)
+        return vmap(self._loss, randomness="different")(adapted, x, y)
+
+    def _loss(
+        self, adapted: Params, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        tape: Tape = []
+        for layer in self.inner.layers:
+            layer.inner_step.tape = tape
+        try:
+            placed = {place: adapted[name] for place, name in self.inner.places.items()}
+            logits = functional_call(self.inner.model, placed, (x,), tie_weights=False)
+            loss = self.inner.loss_fn(logits, y)
+        finally:
+            for layer in self.inner.layers:
+                layer.inner_step.tape = None
+        if not isinstance(loss, Tensor) or loss.dim():
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise (ValueError if isinstance(loss, Tensor) else TypeError)(
+                f"loss_fn must return one 0-dim tensor for a task, got {got}; reduce it, e.g. with "
+                "reduction='mean'"
+            )
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"the model must return one tensor, got {type(logits).__name__}; wrap it in a "
+                "module that picks the logits out"
+            )
+        self.places += [place for place, _, _ in tape]
+        return loss, (logits, [value for _, *values in tape for value in values])
+
+    def _mode(self) -> tuple[tuple[bool, ...], tuple[int, ...]]:
+        """What decides how the layers compute, besides their tensors."""
+        frozen = tuple(layer.inner_step.frozen for layer in self.inner.layers)
+        return tuple(module.training for module in self.inner.model.modules()), frozen
 
 
 def _places(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
