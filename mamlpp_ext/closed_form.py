@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mamlpp_ext.batch_norm_kernels import (
     WORTH_A_FUNCTION,
@@ -46,7 +45,7 @@ from mamlpp_ext.batch_norm_kernels import (
     slow_in_torch,
     sums_and_backward,
 )
-from mamlpp_ext.quick_function import QuickFunction, primals
+from mamlpp_ext.quick_function import QuickFunction, forward_mode_active, primals
 
 
 def batch_normalize(
@@ -120,7 +119,7 @@ def _unfold(tensor: Tensor | None, size: int, channel: int) -> Tensor | None:
 
 def _derived_further() -> bool:
     """Returns whether derivatives of a derivative may be asked for, in reverse or forward mode."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or forward_mode_active()
 
 
 class _BatchNorm(QuickFunction):

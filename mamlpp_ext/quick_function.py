@@ -28,6 +28,11 @@ class QuickFunction(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
+def forward_mode_active() -> bool:
+    """Returns whether tensors may carry tangents, by ``jvp`` or dual numbers."""
+    return forward_ad._current_level >= 0
+
+
 @contextmanager
 def primals(saved: Sequence[Tensor | None]) -> Iterator[tuple[Any, ...]]:
     """Yields what a ``jvp`` has saved, without tangents, for it to compute with.

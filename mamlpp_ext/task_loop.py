@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from mamlpp_ext.fast_kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.rematerialize import rematerialized
 from mamlpp_ext.steps import Tape, at_step, of_order, per_step_layers
@@ -142,7 +143,8 @@ class _Step:
             layer.inner_step.tape = tape
         try:
             placed = {place: adapted[name] for place, name in self.inner.places.items()}
-            logits = functional_call(self.inner.model, placed, (x,), tie_weights=False)
+            with fast_kernels(second_order=self.inner.second_order):
+                logits = functional_call(self.inner.model, placed, (x,), tie_weights=False)
             loss = self.inner.loss_fn(logits, y)
         finally:
             for layer in self.inner.layers:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.exclusive import alone
+from mamlpp_ext.fast_kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import kept_step, of_order
 
@@ -243,6 +244,7 @@ def innerloop_ctx(
         alone(net),
         kept_step(net),
         of_order(net, second_order and track_higher_grads),
+        fast_kernels(second_order=second_order and track_higher_grads),
         higher.innerloop_ctx(
             net,
             optimizer,

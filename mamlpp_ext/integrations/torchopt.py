@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.exclusive import alone
+from mamlpp_ext.fast_kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import kept_step, of_order
 
@@ -230,7 +231,12 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
-        with alone(net), kept_step(net), of_order(net, second_order):
+        with (
+            alone(net),
+            kept_step(net),
+            of_order(net, second_order),
+            fast_kernels(second_order=second_order),
+        ):
             yield inner_opt
     except BaseException:
         with torch.no_grad():

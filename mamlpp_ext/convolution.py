@@ -1,0 +1,170 @@
+"""Convolution with a double backward of three convolutions' cost less.
+
+torch (2.13, CPU) makes the double backward of small convolutions, with kernels as large as the
+images. But a convolution is linear in its input and in its weight, so with u, v, s the gradients
+that arrive at the gradients of x, w and b
+
+    double backward   to g: conv(u, w) + conv(x, v) + s
+                      to x and w: the backward of g at (u, v) in place of (x, w)
+
+which are the quick kernels of training itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamlpp_ext.quick_function import QuickFunction, forward_mode_active, transforms_active
+
+
+class Geometry(NamedTuple):
+    """The settings of a convolution: one number for every spatial dimension, and the groups."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def convolution(
+    function: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Does what ``function`` does, ``torch.conv1d``, ``conv2d`` or ``conv3d``.
+
+    Whatever the closed form is not for, or not known to pay, is left to ``function`` itself.
+    """
+    tensors = [input, weight] if bias is None else [input, weight, bias]
+    if (
+        isinstance(padding, str)
+        or not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        or not all(t.device.type == "cpu" and t.is_floating_point() for t in tensors)
+        or input.dim() != weight.dim()
+        or not torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or forward_mode_active()
+        or not (transforms_active() or any(t.requires_grad for t in tensors))
+    ):
+        return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+    count = input.dim() - 2
+    sides = (_each(value, count) for value in (stride, padding, dilation))
+    apply: Any = _Convolution.apply
+    return apply(input, weight, bias, Geometry(*sides, groups))  # type: ignore[no-any-return]
+
+
+def _each(value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    sides = (value,) if isinstance(value, int) else tuple(value)
+    return sides * count if len(sides) == 1 else sides
+
+
+def _forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
+    stride, padding, dilation, groups = how
+    none = [0] * len(stride)
+    return torch.convolution(x, w, b, stride, padding, dilation, False, none, groups)
+
+
+def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]) -> Any:
+    stride, padding, dilation, groups = how
+    none, biases = [0] * len(stride), [w.shape[0]]
+    return torch.ops.aten.convolution_backward(
+        g, x, w, biases, stride, padding, dilation, False, none, groups, wanted
+    )
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int, channel: int) -> Tensor:
+    """Turns a vmapped dimension into more channels, each task's in groups of its own."""
+    if dim is None:
+        tensor = tensor.unsqueeze(channel)
+        tensor = tensor.expand(*tensor.shape[:channel], size, *tensor.shape[channel + 1 :])
+    else:
+        tensor = tensor.movedim(dim, channel)
+    return tensor.flatten(channel, channel + 1)
+
+
+class _Convolution(QuickFunction):
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
+        return _forward(x, w, b, how)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, w, _, ctx.how = inputs
+        ctx.save_for_backward(x, w)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return None, None, None, None
+        x, w = ctx.saved_tensors
+        # Forward mode has torch's own formula; without further derivatives ours would be in vain.
+        further = torch.is_grad_enabled() and not forward_mode_active()
+        function: Any = _ConvolutionBackward.apply if further else _backward
+        return *function(g, x, w, ctx.how, ctx.needs_input_grad[:3]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, b: Tensor | None, how: Any) -> Any:
+        size = info.batch_size
+        folded = _fold(x, in_dims[0], size, 1), _fold(w, in_dims[1], size, 0)
+        bias = None if b is None else _fold(b, in_dims[2], size, 0)
+        apply: Any = _Convolution.apply
+        y = apply(*folded, bias, how._replace(groups=how.groups * size))
+        return y.unflatten(1, (size, -1)), 1
+
+
+class _ConvolutionBackward(QuickFunction):
+    """The backward of :class:`_Convolution`; gradients that are not wanted are None."""
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]) -> Any:
+        return tuple(_backward(g, x, w, how, wanted))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        g, x, w, ctx.how, _ = inputs
+        ctx.save_for_backward(g, x, w)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:
+        # Made of differentiable operations, so that it has further derivatives.
+        g, x, w = ctx.saved_tensors
+        to_g, to_x, to_w = ctx.needs_input_grad[:3]
+        parts = []
+        if to_g and u is not None:
+            parts.append(_forward(u, w, s, ctx.how))
+        if to_g and v is not None:
+            parts.append(_forward(x, v, None if parts else s, ctx.how))
+        if to_g and s is not None and not parts:
+            parts.append(s.view(-1, *[1] * (g.dim() - 2)).expand_as(g))
+        along_g = parts[0] if len(parts) == 1 else torch.add(*parts) if parts else None
+        wanted = (to_x and v is not None, to_w and u is not None, False)
+        along_x = along_w = None
+        if any(wanted):
+            at = x if u is None else u, w if v is None else v  # what is None is not read
+            along_x, along_w, _ = _backward(g, *at, ctx.how, wanted)
+        return along_g, along_x, along_w, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, g: Tensor, x: Tensor, w: Tensor, how: Any, wanted: Any) -> Any:
+        size = info.batch_size
+        pairs = zip((g, x, w), in_dims[:3], (1, 1, 0), strict=True)
+        folded = [_fold(tensor, dim, size, channel) for tensor, dim, channel in pairs]
+        apply: Any = _ConvolutionBackward.apply
+        grads = apply(*folded, how._replace(groups=how.groups * size), wanted)
+        dims = [None if t is None else dim for t, dim in zip(grads, (1, 0, 0), strict=True)]
+        unfolded = (
+            None if t is None else t.unflatten(dim, (size, -1))
+            for t, dim in zip(grads, (1, 0, 0), strict=True)
+        )
+        return tuple(unfolded), tuple(dims)

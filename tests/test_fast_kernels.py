@@ -1,0 +1,269 @@
+"""fast_kernels computes what torch computes, in values and in derivatives of every order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jacfwd, jvp, vmap
+
+import mamlpp_ext as mpp
+from mamlpp_ext import max_pool as max_pool_module
+
+# What torch itself warns of when forward mode is first used.
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@pytest.fixture(autouse=True)
+def _small_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(max_pool_module, "_WORTH_A_FUNCTION", 0)
+
+
+def _tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+@st.composite
+def _convolutions(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, object]]:
+    """Shapes of an input and a weight, and the settings, all of them legal."""
+    pick = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    count, groups = pick(1, 3), pick(1, 2)
+    kernel = [pick(1, 3) for _ in range(count)]
+    how: dict[str, object] = {
+        "stride": tuple(pick(1, 2) for _ in range(count)),
+        "padding": draw(st.sampled_from([0, 1, (1,) * count])),
+        "dilation": pick(1, 2),
+        "groups": groups,
+    }
+    sides = [2 * k + pick(0, 2) for k in kernel]
+    channels = pick(1, 2)
+    x = (pick(1, 3), channels * groups, *sides)
+    return x, (pick(1, 2) * groups, channels, *kernel), how
+
+
+def _third_derivatives(function: object, tensors: list[Tensor]) -> list[Tensor]:
+    """The gradient of the gradient of the gradient, each weighted by powers of itself."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    value = (function(*leaves) ** 3).sum()  # type: ignore[operator]
+    found: list[Tensor] = []
+    for _ in range(3):
+        grads = torch.autograd.grad(value, leaves, create_graph=True)
+        found += grads
+        value = sum((g**2).sum() for g in grads)  # type: ignore[assignment]
+    return found
+
+
+@settings(deadline=None, max_examples=30)
+@given(_convolutions(), st.booleans())
+def test_convolution_and_three_derivatives_are_torchs(case, biased) -> None:
+    x_shape, w_shape, how = case
+    tensors = _tensors(x_shape, w_shape, *([w_shape[:1]] if biased else []))
+    function = CONVOLUTIONS[len(x_shape) - 2]
+    expected = _third_derivatives(lambda *t: function(*t, **how), tensors)
+    with mpp.fast_kernels():
+        found = _third_derivatives(lambda *t: function(*t, **how), tensors)
+    for ours, torchs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=10)
+@given(_convolutions())
+def test_convolution_gradchecks(case) -> None:
+    x_shape, w_shape, how = case
+    leaves = [t.requires_grad_() for t in _tensors(x_shape, w_shape, w_shape[:1])]
+    function = CONVOLUTIONS[len(x_shape) - 2]
+    with mpp.fast_kernels():
+        assert "_Convolution" in type(function(*leaves, **how).grad_fn).__name__
+        assert gradcheck(lambda *t: function(*t, **how), leaves)
+        assert gradgradcheck(lambda *t: function(*t, **how), leaves)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_convolution_when_not_all_tensors_require_a_gradient(wanted) -> None:
+    def second(quick: bool) -> list[Tensor]:
+        tensors = _tensors((2, 2, 5, 5), (3, 2, 3, 3), (3,))
+        leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        learned = [t for t in leaves if t.requires_grad]
+        with mpp.fast_kernels(second_order=quick):
+            y = F.conv2d(*leaves) * leaves[1].sum()
+            grads = torch.autograd.grad((y**3).sum(), learned, create_graph=True)
+            # What arrives at the gradients depends on each of them alone, too.
+            return [
+                found
+                for g in grads
+                for found in torch.autograd.grad(
+                    (g**2).sum(), learned, retain_graph=True, allow_unused=True
+                )
+            ]
+
+    for ours, torchs in zip(second(True), second(False), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-10, atol=1e-10)
+
+
+POOLINGS = [
+    {"kernel_size": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (2, 3), "stride": (2, 1)},
+    {"kernel_size": 2, "dilation": 2},
+    {"kernel_size": 2, "ceil_mode": True},
+]
+
+
+@pytest.mark.parametrize("how", POOLINGS, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_pooling_and_its_derivatives_are_torchs(how, layout) -> None:
+    (x,) = _tensors((2, 3, 7, 6))
+    x = x.relu().contiguous(memory_format=layout)  # zeros: windows with several greatest values
+    expected = _third_derivatives(lambda t: F.max_pool2d(t, **how), [x])
+    with mpp.fast_kernels():
+        found = _third_derivatives(lambda t: F.max_pool2d(t, **how), [x])
+        assert "_MaxPool2d" in type(F.max_pool2d(x.requires_grad_(), **how).grad_fn).__name__
+        pooled = F.max_pool2d(x, **how)
+        assert gradcheck(lambda t: F.max_pool2d(t, **how), [x + torch.rand_like(x)])
+    assert pooled.is_contiguous(memory_format=layout)
+    assert torch.equal(pooled, F.max_pool2d(x, **how))
+    for ours, torchs in zip(found, expected, strict=True):
+        assert torch.equal(ours, torchs)
+
+
+def test_pooling_puts_nan_and_ties_where_torch_does() -> None:
+    x = torch.tensor([[1.0, 1.0, 0.0, float("nan")], [1.0, 1.0, float("nan"), 2.0]])
+    x = x.expand(1, 2, 2, 4).clone()
+
+    def gradient() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(F.max_pool2d(leaf, 2), leaf, torch.ones(1, 2, 1, 2))[0]
+
+    expected = gradient()
+    with mpp.fast_kernels():
+        assert torch.equal(gradient(), expected)
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3, 2)).double()
+
+
+def _loss(params: dict[str, Tensor], net: nn.Module, x: Tensor) -> Tensor:
+    return (torch.func.functional_call(net, params, (x,)) ** 3).sum()
+
+
+def _meta_loss(params: dict[str, Tensor], net: nn.Module, x: Tensor) -> Tensor:
+    inner = grad(_loss)(params, net, x)
+    return _loss({name: p - 0.1 * inner[name] for name, p in params.items()}, net, x)
+
+
+@pytest.mark.parametrize("batched", ["images", "weights", "both"])
+def test_torch_func_transforms(batched) -> None:
+    net = _net()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    (x,) = _tensors((3, 2, 2, 4, 4))
+    dims = (0 if batched != "images" else None, None, 0 if batched != "weights" else None)
+    if batched != "images":
+        scales = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+        params = {n: torch.stack([scale * p for scale in scales]) for n, p in params.items()}
+    images = x if batched != "weights" else x[0]
+    expected = vmap(grad(_meta_loss), dims)(params, net, images)
+    with mpp.fast_kernels():
+        found = vmap(grad(_meta_loss), dims)(params, net, images)
+    for name, ours in found.items():
+        torch.testing.assert_close(ours, expected[name], rtol=1e-9, atol=1e-9)
+
+
+@FORWARD_MODE
+def test_forward_mode_of_values_and_gradients() -> None:
+    net = _net()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    (x,) = _tensors((2, 2, 4, 4))
+    tangents = {name: torch.ones_like(p) for name, p in params.items()}
+    functions = [lambda p: _loss(p, net, x), grad(lambda p: _loss(p, net, x))]
+    for function in functions:
+        expected = jvp(function, (params,), (tangents,))[1]
+        with mpp.fast_kernels():
+            found = jvp(function, (params,), (tangents,))[1]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    bias = params["0.bias"]
+    with mpp.fast_kernels():
+        second = jacfwd(grad(lambda b: _loss({**params, "0.bias": b}, net, x)))(bias)
+    assert second.abs().max() > 0
+    torch.testing.assert_close(second, second.T, rtol=1e-9, atol=1e-9)
+
+
+@FORWARD_MODE
+def test_forward_mode_through_a_graph_built_before() -> None:
+    x, w = (t.requires_grad_() for t in _tensors((2, 2, 5, 5), (3, 2, 3, 3)))
+
+    def tangent(quick: bool) -> Tensor:
+        with mpp.fast_kernels(second_order=quick):
+            y = F.conv2d(x, w)
+        with torch.autograd.forward_ad.dual_level():
+            g = torch.autograd.forward_ad.make_dual(torch.ones_like(y), y.detach())
+            (dw,) = torch.autograd.grad(y, w, g)
+            return torch.autograd.forward_ad.unpack_dual(dw).tangent
+
+    torch.testing.assert_close(tangent(True), tangent(False))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: F.conv2d(x, w, padding="same"),
+        lambda x, w: F.conv2d(x[0], w),
+        lambda x, w: F.conv2d(x.detach(), w.detach()),
+        lambda x, w: F.max_pool2d(x[0], 2),
+        lambda x, w: F.max_pool2d(x, 2, return_indices=True)[0],
+        lambda x, w: torch.max_pool2d(x.to(torch.int32), 2),
+    ],
+)
+def test_what_it_is_not_for_is_left_to_torch(call) -> None:
+    x, w = (t.requires_grad_() for t in _tensors((2, 2, 6, 6), (3, 2, 3, 3)))
+    expected = call(x, w)
+    with mpp.fast_kernels():
+        found = call(x, w)
+    assert torch.equal(found, expected)
+    assert type(found.grad_fn) is type(expected.grad_fn)
+
+
+def test_autocast_is_left_to_torch() -> None:
+    x, w = (t.float().requires_grad_() for t in _tensors((2, 2, 6, 6), (3, 2, 3, 3)))
+    with torch.autocast("cpu", torch.bfloat16), mpp.fast_kernels():
+        assert F.conv2d(x, w).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: F.conv2d(torch.ones(2, 3, 5, 5), torch.ones(4, 2, 3, 3, requires_grad=True)),
+        lambda: F.conv2d(
+            torch.ones(2, 2, 5, 5), torch.ones(4, 2, 3, 3, requires_grad=True), stride=(1, 1, 1)
+        ),
+        lambda: F.max_pool2d(torch.ones(1, 1, 4, 4), 5),
+        lambda: F.max_pool2d(torch.ones(1, 1, 4, 4), 2, padding=2),
+    ],
+)
+def test_errors_are_torchs(call) -> None:
+    with pytest.raises(RuntimeError) as expected:
+        call()
+    with mpp.fast_kernels(), pytest.raises(RuntimeError) as found:
+        call()
+    assert str(found.value).split(".")[0] == str(expected.value).split(".")[0]
+
+
+def test_it_ends_with_its_block() -> None:
+    x, w = (t.requires_grad_() for t in _tensors((1, 1, 4, 4), (1, 1, 3, 3)))
+    with pytest.raises(KeyError), mpp.fast_kernels():
+        raise KeyError
+    assert type(F.conv2d(x, w).grad_fn).__name__ == "ConvolutionBackward0"
+
+
+def test_first_order_leaves_convolutions_alone() -> None:
+    x, w = (t.requires_grad_() for t in _tensors((1, 1, 4, 4), (1, 1, 3, 3)))
+    with mpp.fast_kernels(second_order=False):
+        assert type(F.conv2d(x, w).grad_fn).__name__ == "ConvolutionBackward0"
