@@ -17,9 +17,9 @@ if not (2, 6) <= tuple(int(part) for part in torch.__version__.split(".")[:2]) <
 from mamlpp_ext.batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, PerStepBatchNorm3d
 from mamlpp_ext.convert import convert_batchnorm
 from mamlpp_ext.derivative_order import DerivativeOrderAnnealing
-from mamlpp_ext.fast_kernels import fast_kernels
 from mamlpp_ext.findings import check_setup
 from mamlpp_ext.frozen import frozen_statistics
+from mamlpp_ext.kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss, multi_step_loss_weights
 from mamlpp_ext.steps import at_step, inner_steps

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from mamlpp_ext.quick_function import QuickFunction, forward_mode_active, transforms_active
 
+# Values of the output, before strides; below, Python would take longer than is saved.
+_WORTH_A_FUNCTION = 100_000
+
 
 class Geometry(NamedTuple):
     """The settings of a convolution: one number for every spatial dimension, and the groups."""
@@ -54,12 +57,18 @@ def convolution(
         or torch.is_autocast_enabled("cpu")
         or forward_mode_active()
         or not (transforms_active() or any(t.requires_grad for t in tensors))
+        or not (transforms_active() or _worth_it(input, weight))
     ):
-        return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        how = (stride, padding, dilation, groups)
+        return function(input, weight, bias, *how)  # type: ignore[no-any-return]
     count = input.dim() - 2
     sides = (_each(value, count) for value in (stride, padding, dilation))
     apply: Any = _Convolution.apply
     return apply(input, weight, bias, Geometry(*sides, groups))  # type: ignore[no-any-return]
+
+
+def _worth_it(x: Tensor, w: Tensor) -> bool:
+    return x.numel() // max(x.shape[1], 1) * w.shape[0] >= _WORTH_A_FUNCTION
 
 
 def _each(value: int | Sequence[int], count: int) -> tuple[int, ...]:
@@ -117,8 +126,8 @@ class _Convolution(QuickFunction):
         size = info.batch_size
         folded = _fold(x, in_dims[0], size, 1), _fold(w, in_dims[1], size, 0)
         bias = None if b is None else _fold(b, in_dims[2], size, 0)
-        apply: Any = _Convolution.apply
-        y = apply(*folded, bias, how._replace(groups=how.groups * size))
+        function: Any = _Convolution.apply if _worth_it(*folded) else _forward
+        y = function(*folded, bias, how._replace(groups=how.groups * size))
         return y.unflatten(1, (size, -1)), 1
 
 
@@ -156,7 +165,8 @@ class _ConvolutionBackward(QuickFunction):
         return along_g, along_x, along_w, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, g: Tensor, x: Tensor, w: Tensor, how: Any, wanted: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        g, x, w, how, wanted = inputs
         size = info.batch_size
         pairs = zip((g, x, w), in_dims[:3], (1, 1, 0), strict=True)
         folded = [_fold(tensor, dim, size, channel) for tensor, dim, channel in pairs]

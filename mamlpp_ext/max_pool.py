@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamlpp_ext.quick_function import QuickFunction, forward_mode_active
+from mamlpp_ext.quick_function import QuickFunction, forward_mode_active, transforms_active
 
-_WORTH_A_FUNCTION = 40_000  # values; below, Python would take longer than is saved
+_WORTH_A_FUNCTION = 100_000  # values; below, Python would take longer than is saved
 _Sides = int | Sequence[int]
 
 
@@ -39,7 +39,7 @@ def max_pool2d(
         or input.device.type != "cpu"
         or not input.is_floating_point()
         or input.dim() != 4
-        or input.numel() < _WORTH_A_FUNCTION
+        or not (transforms_active() or input.numel() >= _WORTH_A_FUNCTION)
         or forward_mode_active()
     ):
         further = {"return_indices": True} if return_indices else {}
@@ -61,14 +61,16 @@ def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.movedim(dim, 1).flatten(1, 2)
 
 
+def _by_torch(x: Tensor, how: Any) -> Any:
+    return torch.ops.aten.max_pool2d_with_indices(x, *how)
+
+
 class _MaxPool2d(QuickFunction):
     """The pooled images and where in its image each value was."""
 
     @staticmethod
     def forward(x: Tensor, how: Any) -> Any:
-        pooled = torch.ops.aten.max_pool2d_with_indices(
-            x.contiguous(memory_format=torch.channels_last), *how
-        )
+        pooled = _by_torch(x.contiguous(memory_format=torch.channels_last), how)
         # Handed on in the layout they came in, as whatever follows expects it.
         return tuple(t.contiguous() for t in pooled) if x.is_contiguous() else pooled
 
@@ -91,6 +93,8 @@ class _MaxPool2d(QuickFunction):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, how: Any) -> Any:
         size = info.batch_size
-        apply: Any = _MaxPool2d.apply
-        pooled = apply(_fold(x, in_dims[0], size), how)
+        folded = _fold(x, in_dims[0], size)
+        quick = folded.numel() >= _WORTH_A_FUNCTION
+        function: Any = _MaxPool2d.apply if quick else _by_torch
+        pooled = function(folded, how)
         return tuple(t.unflatten(1, (size, -1)) for t in pooled), (1, 1)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from mamlpp_ext.fast_kernels import fast_kernels
+from mamlpp_ext.kernels import FastKernels, worth_it
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.rematerialize import rematerialized
 from mamlpp_ext.steps import Tape, at_step, of_order, per_step_layers
@@ -86,6 +87,7 @@ class _Step:
     ) -> None:
         self.inner, self.step, self.counts, self.data = inner, step, counts, data
         self.single, self.again = single, False
+        self.quick = worth_it(data[0])
         self.mode = self._mode()
         self.places: list[tuple[nn.Module, int]] = []
 
@@ -143,7 +145,7 @@ class _Step:
             layer.inner_step.tape = tape
         try:
             placed = {place: adapted[name] for place, name in self.inner.places.items()}
-            with fast_kernels(second_order=self.inner.second_order):
+            with FastKernels(self.inner.second_order) if self.quick else nullcontext():
                 logits = functional_call(self.inner.model, placed, (x,), tie_weights=False)
             loss = self.inner.loss_fn(logits, y)
         finally:

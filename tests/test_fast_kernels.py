@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacfwd, jvp, vmap
 
-import mamlpp_ext as mpp
-from mamlpp_ext import max_pool as max_pool_module
+from mamlpp_ext import convolution, kernels, max_pool
+from mamlpp_ext.kernels import FastKernels
 
 # What torch itself warns of when forward mode is first used.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -21,7 +21,12 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 @pytest.fixture(autouse=True)
 def _small_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(max_pool_module, "_WORTH_A_FUNCTION", 0)
+    for module, name in (
+        (convolution, "_WORTH_A_FUNCTION"),
+        (max_pool, "_WORTH_A_FUNCTION"),
+        (kernels, "_WORTH_A_MODE"),
+    ):
+        monkeypatch.setattr(module, name, 0)
 
 
 def _tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -66,7 +71,7 @@ def test_convolution_and_three_derivatives_are_torchs(case, biased) -> None:
     tensors = _tensors(x_shape, w_shape, *([w_shape[:1]] if biased else []))
     function = CONVOLUTIONS[len(x_shape) - 2]
     expected = _third_derivatives(lambda *t: function(*t, **how), tensors)
-    with mpp.fast_kernels():
+    with FastKernels(second_order=True):
         found = _third_derivatives(lambda *t: function(*t, **how), tensors)
     for ours, torchs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, torchs, rtol=1e-9, atol=1e-9)
@@ -78,7 +83,7 @@ def test_convolution_gradchecks(case) -> None:
     x_shape, w_shape, how = case
     leaves = [t.requires_grad_() for t in _tensors(x_shape, w_shape, w_shape[:1])]
     function = CONVOLUTIONS[len(x_shape) - 2]
-    with mpp.fast_kernels():
+    with FastKernels(second_order=True):
         assert "_Convolution" in type(function(*leaves, **how).grad_fn).__name__
         assert gradcheck(lambda *t: function(*t, **how), leaves)
         assert gradgradcheck(lambda *t: function(*t, **how), leaves)
@@ -90,7 +95,7 @@ def test_convolution_when_not_all_tensors_require_a_gradient(wanted) -> None:
         tensors = _tensors((2, 2, 5, 5), (3, 2, 3, 3), (3,))
         leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(tensors)]
         learned = [t for t in leaves if t.requires_grad]
-        with mpp.fast_kernels(second_order=quick):
+        with FastKernels(quick):
             y = F.conv2d(*leaves) * leaves[1].sum()
             grads = torch.autograd.grad((y**3).sum(), learned, create_graph=True)
             # What arrives at the gradients depends on each of them alone, too.
@@ -121,7 +126,7 @@ def test_pooling_and_its_derivatives_are_torchs(how, layout) -> None:
     (x,) = _tensors((2, 3, 7, 6))
     x = x.relu().contiguous(memory_format=layout)  # zeros: windows with several greatest values
     expected = _third_derivatives(lambda t: F.max_pool2d(t, **how), [x])
-    with mpp.fast_kernels():
+    with FastKernels(second_order=True):
         found = _third_derivatives(lambda t: F.max_pool2d(t, **how), [x])
         assert "_MaxPool2d" in type(F.max_pool2d(x.requires_grad_(), **how).grad_fn).__name__
         pooled = F.max_pool2d(x, **how)
@@ -141,7 +146,7 @@ def test_pooling_puts_nan_and_ties_where_torch_does() -> None:
         return torch.autograd.grad(F.max_pool2d(leaf, 2), leaf, torch.ones(1, 2, 1, 2))[0]
 
     expected = gradient()
-    with mpp.fast_kernels():
+    with FastKernels(second_order=True):
         assert torch.equal(gradient(), expected)
 
 
@@ -171,7 +176,7 @@ def test_torch_func_transforms(batched) -> None:
         params = {n: torch.stack([scale * p for scale in scales]) for n, p in params.items()}
     images = x if batched != "weights" else x[0]
     expected = vmap(grad(_meta_loss), dims)(params, net, images)
-    with mpp.fast_kernels():
+    with FastKernels(second_order=True):
         found = vmap(grad(_meta_loss), dims)(params, net, images)
     for name, ours in found.items():
         torch.testing.assert_close(ours, expected[name], rtol=1e-9, atol=1e-9)
@@ -186,11 +191,11 @@ def test_forward_mode_of_values_and_gradients() -> None:
     functions = [lambda p: _loss(p, net, x), grad(lambda p: _loss(p, net, x))]
     for function in functions:
         expected = jvp(function, (params,), (tangents,))[1]
-        with mpp.fast_kernels():
+        with FastKernels(second_order=True):
             found = jvp(function, (params,), (tangents,))[1]
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     bias = params["0.bias"]
-    with mpp.fast_kernels():
+    with FastKernels(second_order=True):
         second = jacfwd(grad(lambda b: _loss({**params, "0.bias": b}, net, x)))(bias)
     assert second.abs().max() > 0
     torch.testing.assert_close(second, second.T, rtol=1e-9, atol=1e-9)
@@ -201,7 +206,7 @@ def test_forward_mode_through_a_graph_built_before() -> None:
     x, w = (t.requires_grad_() for t in _tensors((2, 2, 5, 5), (3, 2, 3, 3)))
 
     def tangent(quick: bool) -> Tensor:
-        with mpp.fast_kernels(second_order=quick):
+        with FastKernels(quick):
             y = F.conv2d(x, w)
         with torch.autograd.forward_ad.dual_level():
             g = torch.autograd.forward_ad.make_dual(torch.ones_like(y), y.detach())
@@ -225,7 +230,7 @@ def test_forward_mode_through_a_graph_built_before() -> None:
 def test_what_it_is_not_for_is_left_to_torch(call) -> None:
     x, w = (t.requires_grad_() for t in _tensors((2, 2, 6, 6), (3, 2, 3, 3)))
     expected = call(x, w)
-    with mpp.fast_kernels():
+    with FastKernels(second_order=True):
         found = call(x, w)
     assert torch.equal(found, expected)
     assert type(found.grad_fn) is type(expected.grad_fn)
@@ -233,7 +238,7 @@ def test_what_it_is_not_for_is_left_to_torch(call) -> None:
 
 def test_autocast_is_left_to_torch() -> None:
     x, w = (t.float().requires_grad_() for t in _tensors((2, 2, 6, 6), (3, 2, 3, 3)))
-    with torch.autocast("cpu", torch.bfloat16), mpp.fast_kernels():
+    with torch.autocast("cpu", torch.bfloat16), FastKernels(second_order=True):
         assert F.conv2d(x, w).dtype == torch.bfloat16
 
 
@@ -251,19 +256,19 @@ def test_autocast_is_left_to_torch() -> None:
 def test_errors_are_torchs(call) -> None:
     with pytest.raises(RuntimeError) as expected:
         call()
-    with mpp.fast_kernels(), pytest.raises(RuntimeError) as found:
+    with FastKernels(second_order=True), pytest.raises(RuntimeError) as found:
         call()
     assert str(found.value).split(".")[0] == str(expected.value).split(".")[0]
 
 
 def test_it_ends_with_its_block() -> None:
     x, w = (t.requires_grad_() for t in _tensors((1, 1, 4, 4), (1, 1, 3, 3)))
-    with pytest.raises(KeyError), mpp.fast_kernels():
+    with pytest.raises(KeyError), FastKernels(second_order=True):
         raise KeyError
     assert type(F.conv2d(x, w).grad_fn).__name__ == "ConvolutionBackward0"
 
 
 def test_first_order_leaves_convolutions_alone() -> None:
     x, w = (t.requires_grad_() for t in _tensors((1, 1, 4, 4), (1, 1, 3, 3)))
-    with mpp.fast_kernels(second_order=False):
+    with FastKernels(second_order=False):
         assert type(F.conv2d(x, w).grad_fn).__name__ == "ConvolutionBackward0"

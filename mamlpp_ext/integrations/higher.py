@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.exclusive import alone
-from mamlpp_ext.fast_kernels import fast_kernels
+from mamlpp_ext.kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import kept_step, of_order
 
@@ -244,13 +244,13 @@ def innerloop_ctx(
         alone(net),
         kept_step(net),
         of_order(net, second_order and track_higher_grads),
-        fast_kernels(second_order=second_order and track_higher_grads),
         higher.innerloop_ctx(
             net,
             optimizer,
             copy_initial_weights=not track_higher_grads,
             track_higher_grads=track_higher_grads,
         ) as (fnet, diffopt),
+        fast_kernels(fnet, second_order=second_order and track_higher_grads),
     ):
         pairs = _paired_buffers(net, fnet)
         yield fnet, diffopt

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.exclusive import alone
-from mamlpp_ext.fast_kernels import fast_kernels
+from mamlpp_ext.kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import kept_step, of_order
 
@@ -235,7 +235,7 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
             alone(net),
             kept_step(net),
             of_order(net, second_order),
-            fast_kernels(second_order=second_order),
+            fast_kernels(net, second_order=second_order),
         ):
             yield inner_opt
     except BaseException:

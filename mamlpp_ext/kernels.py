@@ -1,0 +1,127 @@
+"""Quicker ways to compute what some of torch's layers compute, while a model is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mamlpp_ext.convolution import convolution
+from mamlpp_ext.max_pool import max_pool2d
+
+_POOLING: dict[Any, Callable[..., Any]] = {
+    function: partial(max_pool2d, function) for function in (torch.max_pool2d, F.max_pool2d)
+}
+_CONVOLUTIONS: dict[Any, Callable[..., Any]] = {
+    function: partial(convolution, function)
+    for function in (torch.conv1d, torch.conv2d, torch.conv3d)
+}
+
+
+# Values of the inputs that a model is called with; below, Python takes longer than is saved.
+_WORTH_A_MODE = 10_000
+
+
+def worth_it(*inputs: Any) -> bool:
+    """Returns whether a model called with ``inputs`` gains by :class:`FastKernels`."""
+    values = sum(x.numel() for x in inputs if isinstance(x, torch.Tensor))
+    return values >= _WORTH_A_MODE and not torch.compiler.is_compiling()
+
+
+class FastKernels(TorchFunctionMode):
+    """Inside the ``with`` block, torch's functions are replaced by the quicker ones.
+
+    A mode sees the functions that a forward calls by itself, too (``F.max_pool2d``), and changes
+    no module. It is called for whatever torch does, the reading of an attribute too, 1 us each: so
+    it is on while a model is called, not during the whole inner loop.
+    """
+
+    def __init__(self, second_order: bool) -> None:
+        super().__init__()
+        self.replacements = {**_POOLING, **_CONVOLUTIONS} if second_order else _POOLING
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls the replacement of ``func``, or ``func``."""
+        func = self.replacements.get(func, func)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+class _Hooks:
+    """Turns the mode on when a module's call begins and off when it ends."""
+
+    def __init__(self, second_order: bool) -> None:
+        self.second_order, self.open = second_order, True
+        self.entered: list[FastKernels] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hooks:
+        return self  # a copy of the module made inside the block is not left with open hooks
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"second_order": self.second_order, "open": False, "entered": []}
+
+    def begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self.open and worth_it(*inputs):
+            mode = FastKernels(self.second_order)
+            mode.__enter__()
+            self.entered.append(mode)
+
+    def end(self, *_: Any) -> None:
+        if self.entered:  # not for small images, nor where another hook failed before `begin`
+            self.entered.pop().__exit__(None, None, None)
+
+
+@contextmanager
+def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[None]:
+    """Lets calls of ``module`` inside the ``with`` block take quicker CPU kernels.
+
+    The values and all derivatives are torch's own, for layers and for functions alike:
+
+    - max pooling of images takes torch's kernel for channels_last, also in the default layout;
+    - convolutions have a double backward made of the kernels of training.
+
+    :func:`task_batch_loss` and the adapters' ``innerloop_ctx`` do this by themselves; a loop in
+    plain ``torch.func`` gains by it. On other devices, under autocast and in code that
+    ``torch.compile`` traces, torch's own functions are left alone.
+
+    Args:
+        module: the model, to which it adds hooks for the time of the block.
+        second_order: whether gradients of gradients will be asked for; if not, convolutions are
+            left alone.
+
+    Raises:
+        TypeError: if ``module`` is not a module.
+
+    Example:
+        >>> import torch
+        >>> import mamlpp_ext as mpp
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.MaxPool2d(2))
+        >>> with mpp.fast_kernels(net):
+        ...     net(torch.randn(5, 1, 28, 28)).shape
+        torch.Size([5, 8, 13, 13])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"fast_kernels takes the model, a torch.nn.Module, got {type(module).__name__}; pass "
+            "the model that the inner loop calls"
+        )
+    hooks = _Hooks(second_order)
+    handles = [
+        module.register_forward_pre_hook(hooks.begin, prepend=True),
+        module.register_forward_hook(hooks.end, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        hooks.open = False
+        while hooks.entered:  # of a call that KeyboardInterrupt ended
+            hooks.end()
