@@ -62,9 +62,9 @@ def convolution(
         how = (stride, padding, dilation, groups)
         return function(input, weight, bias, *how)  # type: ignore[no-any-return]
     count = input.dim() - 2
-    sides = (_each(value, count) for value in (stride, padding, dilation))
+    sides = [_each(value, count) for value in (stride, padding, dilation)]
     apply: Any = _Convolution.apply
-    return apply(input, weight, bias, Geometry(*sides, groups))  # type: ignore[no-any-return]
+    return apply(input, weight, bias, Geometry(sides[0], sides[1], sides[2], groups))  # type: ignore[no-any-return]
 
 
 def _worth_it(x: Tensor, w: Tensor) -> bool:

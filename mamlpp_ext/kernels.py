@@ -59,7 +59,7 @@ class _Hooks:
 
     def __init__(self, second_order: bool) -> None:
         self.second_order, self.open = second_order, True
-        self.entered: list[FastKernels] = []
+        self.entered: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hooks:
         return self  # a copy of the module made inside the block is not left with open hooks
@@ -69,7 +69,7 @@ class _Hooks:
 
     def begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.open and worth_it(*inputs):
-            mode = FastKernels(self.second_order)
+            mode: Any = FastKernels(self.second_order)
             mode.__enter__()
             self.entered.append(mode)
 
@@ -88,8 +88,8 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
     - convolutions have a double backward made of the kernels of training.
 
     :func:`task_batch_loss` and the adapters' ``innerloop_ctx`` do this by themselves; a loop in
-    plain ``torch.func`` gains by it. On other devices, under autocast and in code that
-    ``torch.compile`` traces, torch's own functions are left alone.
+    plain ``torch.func`` gains by it. Small inputs, other devices, autocast and code that
+    ``torch.compile`` traces are left to torch's own functions.
 
     Args:
         module: the model, to which it adds hooks for the time of the block.
@@ -106,6 +106,9 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
         >>> with mpp.fast_kernels(net):
         ...     net(torch.randn(5, 1, 28, 28)).shape
         torch.Size([5, 8, 13, 13])
+
+    Source:
+        The derivatives of torch's own layers; what is gained is in ``benchmarks/README.md``.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(

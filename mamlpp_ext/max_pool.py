@@ -45,12 +45,12 @@ def max_pool2d(
         further = {"return_indices": True} if return_indices else {}
         how = (kernel_size, stride, padding, dilation, ceil_mode)
         return function(input, *how, **further)
-    how = tuple(
+    sides = tuple(
         [side] if isinstance(side, int) else list(side)
         for side in (kernel_size, kernel_size if stride is None else stride, padding, dilation)
     )
     apply: Any = _MaxPool2d.apply
-    return apply(input, (*how, ceil_mode))[0]
+    return apply(input, (*sides, ceil_mode))[0]
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -41,6 +41,7 @@ DOCUMENTED: dict[str, str] = {
     "mamlpp_ext.at_step": "Args Raises",
     "mamlpp_ext.check_setup": "Args Returns Raises",
     "mamlpp_ext.convert_batchnorm": "Args Returns Raises",
+    "mamlpp_ext.fast_kernels": "Args Raises",
     "mamlpp_ext.frozen_statistics": "Args Raises",
     "mamlpp_ext.inner_steps": "Args Returns Raises",
     "mamlpp_ext.multi_step_loss_weights": "Args Returns Raises",

@@ -297,6 +297,11 @@ COUNTS: dict[str, Row] = {
         ValueError,
         ("inner step 3", "legal: 0 to 2", "fewer steps", "extra_steps='last'"),
     ),
+    "kernels of parameters": (
+        lambda n: mpp.fast_kernels(n.parameters()).__enter__(),
+        TypeError,
+        ("takes the model", "got generator", "pass the model that the inner loop calls"),
+    ),
     "two loops": (two_loops, RuntimeError, ("another inner_steps loop", "use a copy")),
     "weights of 0 steps": (
         lambda n: mpp.multi_step_loss_weights(0, 0, 10),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacfwd, jvp, vmap
 
+import mamlpp_ext as mpp
 from mamlpp_ext import convolution, kernels, max_pool
 from mamlpp_ext.kernels import FastKernels
 
@@ -272,3 +277,92 @@ def test_first_order_leaves_convolutions_alone() -> None:
     x, w = (t.requires_grad_() for t in _tensors((1, 1, 4, 4), (1, 1, 3, 3)))
     with FastKernels(second_order=False):
         assert type(F.conv2d(x, w).grad_fn).__name__ == "ConvolutionBackward0"
+
+
+class Pooling(nn.Module):
+    """Pools by function; says by which kernel."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the pooled images, or fails."""
+        if self.broken:
+            raise KeyboardInterrupt
+        return F.max_pool2d(x, 2)
+
+
+def _is_quick(net: nn.Module, x: Tensor) -> bool:
+    return "_MaxPool2d" in type(net(x).grad_fn).__name__
+
+
+def test_calls_of_the_model_alone_are_quick() -> None:
+    net, (x,) = Pooling(), _tensors((1, 1, 4, 4))
+    x.requires_grad_()
+    with mpp.fast_kernels(net):
+        assert _is_quick(net, x)
+        assert not _is_quick(Pooling(), x)
+    assert not _is_quick(net, x)
+    assert not net._forward_hooks
+    assert not net._forward_pre_hooks
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_it_ends_when_a_call_fails(error) -> None:
+    net, (x,) = Pooling(broken=error is KeyboardInterrupt), _tensors((1, 1, 4, 4))
+    with pytest.raises(error), mpp.fast_kernels(net):
+        net(x if net.broken else x[..., :1])
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_small_inputs_are_left_alone(monkeypatch) -> None:
+    net, (x,) = Pooling(), _tensors((1, 1, 4, 4))
+    monkeypatch.setattr(kernels, "_WORTH_A_MODE", x.numel() + 1)
+    with mpp.fast_kernels(net):
+        assert not _is_quick(net, x.requires_grad_())
+
+
+def test_copies_made_inside_are_plain_outside() -> None:
+    net, (x,) = Pooling(), _tensors((1, 1, 4, 4))
+    x.requires_grad_()
+    with mpp.fast_kernels(net):
+        copied, pickled = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    for other in (copied, pickled):
+        assert not _is_quick(other, x)
+        with mpp.fast_kernels(other):
+            assert _is_quick(other, x)
+
+
+@pytest.mark.parametrize("adapter", ["higher", "torchopt"])
+def test_adapters_use_them(adapter) -> None:
+    innerloop_ctx = importlib.import_module(f"mamlpp_ext.integrations.{adapter}").innerloop_ctx
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), Pooling())
+    (x,) = (t.float() for t in _tensors((1, 1, 6, 6)))
+    with innerloop_ctx(net, mpp.LSLR(net, 1)) as inner:
+        called = inner[0] if adapter == "higher" else net
+        assert _is_quick(called, x)
+    assert not _is_quick(net, x)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("rematerialize", [False, True])
+def test_task_batch_loss_agrees_with_and_without(tasks, rematerialize, monkeypatch) -> None:
+    net = _net()
+    batch = (
+        *_tensors((tasks, 2, 2, 4, 4), (tasks, 2, 2)),
+        *_tensors((tasks, 2, 2, 4, 4), (tasks, 2, 2), seed=1),
+    )
+    lslr = mpp.LSLR(net, 2)
+    learned = [*net.parameters(), *lslr.parameters()]
+
+    def gradient() -> tuple[Tensor, ...]:
+        result = mpp.task_batch_loss(
+            net, lslr, batch, F.mse_loss, num_steps=2, rematerialize=rematerialize
+        )
+        return torch.autograd.grad(result.loss, learned)
+
+    found = gradient()
+    monkeypatch.setattr(kernels, "_WORTH_A_MODE", 10**9)
+    for ours, torchs in zip(found, gradient(), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-9, atol=1e-9)

@@ -39,6 +39,7 @@ SIGNATURES = {
         "check_setup": "module lslr meta_optimizer *multi_step_loss *derivative_order "
         "*meta_scheduler",
         "convert_batchnorm": "module num_steps *extra_steps",
+        "fast_kernels": "module *second_order",
         "frozen_statistics": "module",
         "inner_steps": "module num_steps *second_order",
         "multi_step_loss_weights": "num_steps epoch anneal_epochs",
