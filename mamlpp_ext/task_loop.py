@@ -12,7 +12,7 @@ from torch.func import functional_call, vmap
 
 from mamlpp_ext.kernels import FastKernels, worth_it
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.rematerialize import rematerialized
+from mamlpp_ext.rematerialize import Shelf, rematerialized
 from mamlpp_ext.steps import Tape, at_step, of_order, per_step_layers
 
 Params = dict[str, Tensor]
@@ -58,13 +58,16 @@ class TaskLoop:
         else:
             adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
         losses, tape = [], Tape()
+        weights = sum(tensor.numel() for tensor in adapted.values())
+        shelf = Shelf(weights * (len(counted) - 1)) if self.rematerialize else None
         for step, counts in enumerate(counted):
             one_step = _Step(self, step, counts, data, single)
-            # The last step's graph is what the backward begins with: it would be rebuilt at once.
-            if self.rematerialize and torch.is_grad_enabled() and step < len(counted) - 1:
+            if shelf is not None and torch.is_grad_enabled():
                 learned = [tensor for tensor in data if tensor.requires_grad]
                 captured = [*self.captured, *learned]
-                outputs = rematerialized(one_step, tuple(adapted.values()), captured)
+                # The last step's graph is kept: the backward begins with it.
+                to = None if step == len(counted) - 1 else shelf
+                outputs = rematerialized(one_step, tuple(adapted.values()), captured, to)
             else:
                 outputs = one_step(*adapted.values())
             adapted = dict(zip(adapted, outputs, strict=False))

@@ -13,6 +13,7 @@ from conftest import nodes
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
+from mamlpp_ext.rematerialize import Shelf
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -450,3 +451,50 @@ def test_torchs_own_norms_are_right_for_many_tasks(norm: Callable[[], nn.Module]
         for size in (None, 1)
     ]
     torch.testing.assert_close(*grads)
+
+
+# One chunk for all is the plain form, whose graph reaches everything.
+CUT_OFF = {name: form for name, form in FORMS.items() if name != "more than all"}
+
+
+@pytest.mark.parametrize("form", CUT_OFF.values(), ids=CUT_OFF)
+def test_what_loss_fn_closes_over_gets_no_gradient(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, form: dict[str, Any]
+) -> None:
+    """Not even a share of it, and the gradients that there are stay right."""
+
+    def gradients(temperature: Tensor, **settings: Any) -> tuple[Tensor | None, ...]:
+        loss = mpp.task_batch_loss(
+            net, lslr, tasks, lambda x, y: F.cross_entropy(x / temperature, y), **settings
+        ).loss
+        wanted = [temperature] if temperature.requires_grad else []
+        return torch.autograd.grad(loss, [lslr.rates, *wanted], allow_unused=True)
+
+    (expected,) = gradients(torch.tensor(2.0), num_steps=3)
+    rates, closed_over = gradients(torch.tensor(2.0, requires_grad=True), num_steps=3, **form)
+    torch.testing.assert_close(rates, expected)
+    assert closed_over is None
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_second_backward_is_the_same(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, form: dict[str, Any]
+) -> None:
+    loss = run(net, lslr, tasks, **form).loss
+    learned = [*net.parameters(), *lslr.parameters()]
+    once = torch.autograd.grad(loss, learned, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, learned), once)
+
+
+def test_what_is_kept_of_a_step_has_its_layout_and_counts_its_changes_alone() -> None:
+    shelf = Shelf(100)
+    images = torch.randn(2, 3, 4, 5)
+    tensors = [images, images.to(memory_format=torch.channels_last), torch.arange(3), images[0, 0]]
+    kept = [shelf.put(tensor) for tensor in tensors]
+    for tensor, copied in zip(tensors, kept, strict=True):
+        assert torch.equal(copied, tensor)
+        assert copied.stride() == tensor.stride()
+    versions = [t._version for t in kept]
+    kept[0].zero_()
+    assert [t._version - v for t, v in zip(kept, versions, strict=True)] == [1, 0, 0, 0]
+    assert torch.equal(kept[1], tensors[1])
