@@ -170,8 +170,11 @@ def _meta_loss(params: dict[str, Tensor], net: nn.Module, x: Tensor) -> Tensor:
     return _loss({name: p - 0.1 * inner[name] for name, p in params.items()}, net, x)
 
 
+@pytest.mark.parametrize("least", [0, 10**9], ids=["ours", "torch's for want of size"])
 @pytest.mark.parametrize("batched", ["images", "weights", "both"])
-def test_torch_func_transforms(batched) -> None:
+def test_torch_func_transforms(batched, least, monkeypatch) -> None:
+    for module in (convolution, max_pool):
+        monkeypatch.setattr(module, "_WORTH_A_FUNCTION", least)
     net = _net()
     params = {name: p.detach() for name, p in net.named_parameters()}
     (x,) = _tensors((3, 2, 2, 4, 4))
@@ -366,3 +369,16 @@ def test_task_batch_loss_agrees_with_and_without(tasks, rematerialize, monkeypat
     monkeypatch.setattr(kernels, "_WORTH_A_MODE", 10**9)
     for ours, torchs in zip(found, gradient(), strict=True):
         torch.testing.assert_close(ours, torchs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_compiled_code_is_left_to_torch(part) -> None:
+    net, (x,) = _net(), _tensors((2, 2, 4, 4))
+    expected = net(x)
+    if part == "model":
+        net = torch.compile(net, backend="eager", fullgraph=True)
+    else:
+        net[0] = torch.compile(net[0], backend="eager", fullgraph=True)
+        net[2] = torch.compile(net[2], backend="eager", fullgraph=True)
+    with mpp.fast_kernels(net):
+        assert torch.equal(net(x), expected)
