@@ -50,7 +50,8 @@ class FastKernels(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Calls the replacement of ``func``, or ``func``."""
-        func = self.replacements.get(func, func)
+        if not torch.compiler.is_compiling():
+            func = self.replacements.get(func, func)
         return func(*args, **kwargs) if kwargs else func(*args)
 
 

@@ -371,6 +371,8 @@ def test_task_batch_loss_agrees_with_and_without(tasks, rematerialize, monkeypat
         torch.testing.assert_close(ours, torchs, rtol=1e-9, atol=1e-9)
 
 
+# Dynamo looks at every attribute of what it is called with.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("part", ["model", "layer"])
 def test_compiled_code_is_left_to_torch(part) -> None:
     net, (x,) = _net(), _tensors((2, 2, 4, 4))
