@@ -19,7 +19,7 @@ from problems import PROBLEMS
 
 # The first kind that has a part of an operation's name; all others are the last kind.
 KINDS = {
-    "convolutions": ("conv",),
+    "convolutions": ("conv", "Conv"),
     "max pooling": ("max_pool", "MaxPool", "gather"),
     "batch norm": ("batch_norm", "BatchNorm"),
     "ReLU": ("relu", "Relu", "threshold", "Threshold", "clamp_min"),
