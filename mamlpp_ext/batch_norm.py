@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.batch_norm_kernels import Running
+from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, select_row
 from mamlpp_ext.closed_form import batch_normalize, batch_normalize_into
 from mamlpp_ext.normalization import normalize
 from mamlpp_ext.quick_function import transforms_active
 from mamlpp_ext.running_statistics import RunningStatistics
-from mamlpp_ext.steps import ExtraSteps, InnerStep, checked_count, checked_extra_steps, select_row
+from mamlpp_ext.steps import InnerStep
 
 
 def _check_number(name: str, value: Any, low: float, high: float, also: str = "") -> None:

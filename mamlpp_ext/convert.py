@@ -17,14 +17,9 @@ from mamlpp_ext.batch_norm import (
     PerStepBatchNorm3d,
     _PerStepBatchNorm,
 )
+from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps
 from mamlpp_ext.frozen import FrozenBatchNorm
-from mamlpp_ext.steps import (
-    ExtraSteps,
-    InnerStep,
-    checked_count,
-    checked_extra_steps,
-    per_step_layers,
-)
+from mamlpp_ext.steps import InnerStep, per_step_layers
 
 _LOGGER = logging.getLogger(__name__)
 _REPLACEMENTS: dict[type[nn.Module], type[_PerStepBatchNorm]] = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mamlpp_ext.checks import checked_count
 from mamlpp_ext.schedule import EpochSchedule
-from mamlpp_ext.steps import checked_count
 
 
 class DerivativeOrderAnnealing(EpochSchedule):

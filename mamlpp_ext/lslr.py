@@ -10,13 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.adapted import Adapt, listing, select_parameters
+from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, select_row
 from mamlpp_ext.inner_update import descend
-from mamlpp_ext.steps import (
-    ExtraSteps,
-    checked_count,
-    checked_extra_steps,
-    select_row,
-)
 
 
 class LSLR(nn.Module):

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from mamlpp_ext.checks import checked_count
 from mamlpp_ext.schedule import EpochSchedule
-from mamlpp_ext.steps import checked_count
 
 # The paper's code keeps at least this share of 1/K on the early steps until the annealing ends.
 _FLOOR = 0.03

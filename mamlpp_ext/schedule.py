@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mamlpp_ext.steps import checked_count
+from mamlpp_ext.checks import checked_count
 
 
 class EpochSchedule:

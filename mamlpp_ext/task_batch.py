@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from mamlpp_ext.checks import checked_count
 from mamlpp_ext.chunks import added_up
 from mamlpp_ext.gather import gathered
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
-from mamlpp_ext.steps import Tape, checked_count
+from mamlpp_ext.steps import Tape
 from mamlpp_ext.task_loop import Loss, TaskLoop
 
 if TYPE_CHECKING:

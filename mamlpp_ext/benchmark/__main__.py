@@ -24,7 +24,7 @@ from mamlpp_ext.__main__ import read_shape
 from mamlpp_ext.benchmark.loops import BATCHED, LEARNERS, MetaIteration, available_loops
 from mamlpp_ext.benchmark.measure import MEGABYTE, Memory, alternate, in_fresh_process, ratio
 from mamlpp_ext.benchmark.question import Question, check_logits, memory_and_time
-from mamlpp_ext.steps import checked_count
+from mamlpp_ext.checks import checked_count
 
 Contender = tuple[str, str]  # the learner and the loop
 _CHILD_SECONDS = 600.0

@@ -1,0 +1,47 @@
+"""Checks of what is asked for in many places: counts, and rows of per-step tables."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Literal
+
+ExtraSteps = Literal["error", "last"]
+
+
+def checked_count(name: str, value: Any, least: int = 1) -> int:
+    """Returns ``value`` as an int of at least ``least``, or says what is wrong with it."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be a whole number of at least {least}, got {value!r} "
+            f"of type {type(value).__name__}; pass an int"
+        )
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}; pass a larger one")
+    return number
+
+
+def checked_extra_steps(value: str) -> ExtraSteps:
+    """Returns ``value`` if it is a policy for steps beyond the trained ones."""
+    if value not in ("error", "last"):
+        raise ValueError(
+            f"extra_steps must be 'error' or 'last', got {value!r}: 'error' refuses steps beyond "
+            "num_steps, 'last' reuses the last row for them"
+        )
+    return value  # type: ignore[return-value]
+
+
+def select_row(step: int, num_steps: int, extra_steps: ExtraSteps, owner: str) -> int:
+    """Returns the row (or column) of a per-step table that inner step ``step`` uses."""
+    if 0 <= step < num_steps:
+        return step
+    if step >= num_steps and extra_steps == "last":
+        return num_steps - 1
+    raise ValueError(
+        f"inner step {step} is out of range for {owner} with num_steps={num_steps} (legal: 0 to "
+        f"{num_steps - 1}); take fewer steps, build it with num_steps={max(step + 1, 1)}, or with "
+        "extra_steps='last' to reuse its last row"
+    )
