@@ -49,7 +49,7 @@ def convolution(
     """
     tensors = [input, weight] if bias is None else [input, weight, bias]
     if (
-        isinstance(padding, str)
+        not all(isinstance(v, (int, tuple, list)) for v in (stride, padding, dilation))  # or "same"
         or not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         or not all(t.device.type == "cpu" and t.is_floating_point() for t in tensors)
         or input.dim() != weight.dim()
@@ -62,7 +62,7 @@ def convolution(
         how = (stride, padding, dilation, groups)
         return function(input, weight, bias, *how)  # type: ignore[no-any-return]
     count = input.dim() - 2
-    sides = [_each(value, count) for value in (stride, padding, dilation)]
+    sides: Any = [_each(value, count) for value in (stride, padding, dilation)]
     apply: Any = _Convolution.apply
     return apply(input, weight, bias, Geometry(sides[0], sides[1], sides[2], groups))  # type: ignore[no-any-return]
 
@@ -71,7 +71,7 @@ def _worth_it(x: Tensor, w: Tensor) -> bool:
     return x.numel() // max(x.shape[1], 1) * w.shape[0] >= _WORTH_A_FUNCTION
 
 
-def _each(value: int | Sequence[int], count: int) -> tuple[int, ...]:
+def _each(value: Any, count: int) -> tuple[int, ...]:
     sides = (value,) if isinstance(value, int) else tuple(value)
     return sides * count if len(sides) == 1 else sides
 

@@ -33,8 +33,10 @@ def max_pool2d(
 
     Whatever the quicker kernel is not for is left to ``function`` itself.
     """
+    sides = (kernel_size, kernel_size if stride is None else stride, padding, dilation)
     if (
         return_indices
+        or not all(isinstance(side, (int, tuple, list)) for side in sides)
         or type(input) not in (Tensor, torch.nn.Parameter)
         or input.device.type != "cpu"
         or not input.is_floating_point()
@@ -45,12 +47,9 @@ def max_pool2d(
         further = {"return_indices": True} if return_indices else {}
         how = (kernel_size, stride, padding, dilation, ceil_mode)
         return function(input, *how, **further)
-    sides = tuple(
-        [side] if isinstance(side, int) else list(side)
-        for side in (kernel_size, kernel_size if stride is None else stride, padding, dilation)
-    )
+    lists = [[side] if isinstance(side, int) else list(side) for side in sides]
     apply: Any = _MaxPool2d.apply
-    return apply(input, (*sides, ceil_mode))[0]
+    return apply(input, (*lists, ceil_mode))[0]
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -230,6 +230,8 @@ def test_forward_mode_through_a_graph_built_before() -> None:
         lambda x, w: F.conv2d(x, w, padding="same"),
         lambda x, w: F.conv2d(x[0], w),
         lambda x, w: F.conv2d(x.detach(), w.detach()),
+        lambda x, w: F.conv2d(x, w, stride=torch.tensor(2)),
+        lambda x, w: F.max_pool2d(x, torch.tensor(2)),
         lambda x, w: F.max_pool2d(x[0], 2),
         lambda x, w: F.max_pool2d(x, 2, return_indices=True)[0],
         lambda x, w: torch.max_pool2d(x.to(torch.int32), 2),
