@@ -1,4 +1,4 @@
-"""Convolution with a double backward of three convolutions' cost less.
+"""Convolution whose double backward is made of the kernels of training.
 
 torch (2.13, CPU) makes the double backward of small convolutions, with kernels as large as the
 images. But a convolution is linear in its input and in its weight, so with u, v, s the gradients
@@ -35,6 +35,7 @@ class Geometry(NamedTuple):
 
 def convolution(
     function: Any,
+    count: int,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -43,7 +44,7 @@ def convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Does what ``function`` does, ``torch.conv1d``, ``conv2d`` or ``conv3d``.
+    """Does what ``function`` does, ``torch.conv1d``, ``conv2d`` or ``conv3d`` (``count`` 1 to 3).
 
     Whatever the closed form is not for, or not known to pay, is left to ``function`` itself.
     """
@@ -52,7 +53,7 @@ def convolution(
         not all(isinstance(v, (int, tuple, list)) for v in (stride, padding, dilation))  # or "same"
         or not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         or not all(t.device.type == "cpu" and t.is_floating_point() for t in tensors)
-        or input.dim() != weight.dim()
+        or not input.dim() == weight.dim() == count + 2
         or not torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or forward_mode_active()
@@ -61,7 +62,6 @@ def convolution(
     ):
         how = (stride, padding, dilation, groups)
         return function(input, weight, bias, *how)  # type: ignore[no-any-return]
-    count = input.dim() - 2
     sides: Any = [_each(value, count) for value in (stride, padding, dilation)]
     apply: Any = _Convolution.apply
     return apply(input, weight, bias, Geometry(sides[0], sides[1], sides[2], groups))  # type: ignore[no-any-return]
@@ -124,9 +124,13 @@ class _Convolution(QuickFunction):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, b: Tensor | None, how: Any) -> Any:
         size = info.batch_size
+        if in_dims[1] is None and in_dims[2] is None:  # one weight for all: more images
+            many = x.movedim(in_dims[0], 0).flatten(0, 1)
+            function: Any = _Convolution.apply if _worth_it(many, w) else _forward
+            return function(many, w, b, how).unflatten(0, (size, -1)), 0
         folded = _fold(x, in_dims[0], size, 1), _fold(w, in_dims[1], size, 0)
         bias = None if b is None else _fold(b, in_dims[2], size, 0)
-        function: Any = _Convolution.apply if _worth_it(*folded) else _forward
+        function = _Convolution.apply if _worth_it(*folded) else _forward
         y = function(*folded, bias, how._replace(groups=how.groups * size))
         return y.unflatten(1, (size, -1)), 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,8 +20,8 @@ _POOLING: dict[Any, Callable[..., Any]] = {
     function: partial(max_pool2d, function) for function in (torch.max_pool2d, F.max_pool2d)
 }
 _CONVOLUTIONS: dict[Any, Callable[..., Any]] = {
-    function: partial(convolution, function)
-    for function in (torch.conv1d, torch.conv2d, torch.conv3d)
+    function: partial(convolution, function, count)
+    for count, function in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1)
 }
 
 
@@ -56,27 +57,40 @@ class FastKernels(TorchFunctionMode):
 
 
 class _Hooks:
-    """Turns the mode on when a module's call begins and off when it ends."""
+    """Turns the mode on when a module's call begins and off when it ends.
 
-    def __init__(self, second_order: bool) -> None:
-        self.second_order, self.open = second_order, True
-        self.entered: list[Any] = []
+    Hooks, and not a ``forward`` of the instance: ``higher`` copies what a module holds, and the
+    copy would call the original. torch does not call them where KeyboardInterrupt ends the module's
+    call: then the mode stays on up to the end of the block.
+    """
+
+    def __init__(self, second_order: bool, is_open: bool = True) -> None:
+        self.second_order, self.open = second_order, is_open
+        self.local = threading.local()  # as torch's own stack of modes
+
+    @property
+    def entered(self) -> list[Any]:
+        """This thread's calls of the module, each with its mode or None."""
+        entered: list[Any] = self.local.__dict__.setdefault("entered", [])
+        return entered
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hooks:
         return self  # a copy of the module made inside the block is not left with open hooks
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"second_order": self.second_order, "open": False, "entered": []}
+    def __reduce__(self) -> Any:
+        return _Hooks, (self.second_order, False)
 
-    def begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self.open and worth_it(*inputs):
-            mode: Any = FastKernels(self.second_order)
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mode: Any = None
+        if self.open and worth_it(*args, *kwargs.values()):
+            mode = FastKernels(self.second_order)
             mode.__enter__()
-            self.entered.append(mode)
+        self.entered.append(mode)
 
     def end(self, *_: Any) -> None:
-        if self.entered:  # not for small images, nor where another hook failed before `begin`
-            self.entered.pop().__exit__(None, None, None)
+        mode = self.entered.pop() if self.entered else None  # where a hook failed before `begin`
+        if mode is not None:
+            mode.__exit__(None, None, None)
 
 
 @contextmanager
@@ -118,7 +132,7 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
         )
     hooks = _Hooks(second_order)
     handles = [
-        module.register_forward_pre_hook(hooks.begin, prepend=True),
+        module.register_forward_pre_hook(hooks.begin, prepend=True, with_kwargs=True),
         module.register_forward_hook(hooks.end, always_call=True),
     ]
     try:

@@ -36,7 +36,7 @@ def max_pool2d(
     sides = (kernel_size, kernel_size if stride is None else stride, padding, dilation)
     if (
         return_indices
-        or not all(isinstance(side, (int, tuple, list)) for side in sides)
+        or not all(type(side) is int or isinstance(side, (tuple, list)) for side in sides)
         or type(input) not in (Tensor, torch.nn.Parameter)
         or input.device.type != "cpu"
         or not input.is_floating_point()
@@ -70,8 +70,9 @@ class _MaxPool2d(QuickFunction):
     @staticmethod
     def forward(x: Tensor, how: Any) -> Any:
         pooled = _by_torch(x.contiguous(memory_format=torch.channels_last), how)
-        # Handed on in the layout they came in, as whatever follows expects it.
-        return tuple(t.contiguous() for t in pooled) if x.is_contiguous() else pooled
+        # Handed on in the layout that torch's function hands on, as whatever follows expects it.
+        kept = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return pooled if kept else tuple(t.contiguous() for t in pooled)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -95,5 +96,5 @@ class _MaxPool2d(QuickFunction):
         folded = _fold(x, in_dims[0], size)
         quick = folded.numel() >= _WORTH_A_FUNCTION
         function: Any = _MaxPool2d.apply if quick else _by_torch
-        pooled = function(folded, how)
-        return tuple(t.unflatten(1, (size, -1)) for t in pooled), (1, 1)
+        y, places = (t.unflatten(1, (size, -1)).movedim(1, 0) for t in function(folded, how))
+        return (y.contiguous(), places), (0, 0)

@@ -29,10 +29,10 @@ class Shelf:
         """Returns a copy, in the same layout."""
         if tensor.device.type != "cpu":
             return tensor
-        block, used = self.blocks.get(tensor.dtype, (torch.empty(0), 0))
+        block, used = self.blocks.get(tensor.dtype, (tensor.new_empty(0), 0))
         if used + tensor.numel() > len(block):
             size = max(self.values, tensor.numel())
-            block, used = torch.empty(size, dtype=tensor.dtype), 0
+            block, used = tensor.new_empty(size), 0
         self.blocks[tensor.dtype] = block, used + tensor.numel()
         strides = torch.empty_like(tensor, device="meta").stride()
         # Plain .data: every copy counts its changes by itself, as a tensor of its own would.

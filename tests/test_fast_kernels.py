@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import threading
 
 import pytest
 import torch
@@ -259,6 +260,7 @@ def test_autocast_is_left_to_torch() -> None:
         lambda: F.conv2d(
             torch.ones(2, 2, 5, 5), torch.ones(4, 2, 3, 3, requires_grad=True), stride=(1, 1, 1)
         ),
+        lambda: torch.conv1d(torch.ones(1, 2, 5, 5), torch.ones(4, 2, 3, 3, requires_grad=True)),
         lambda: F.max_pool2d(torch.ones(1, 1, 4, 4), 5),
         lambda: F.max_pool2d(torch.ones(1, 1, 4, 4), 2, padding=2),
     ],
@@ -386,3 +388,73 @@ def test_compiled_code_is_left_to_torch(part) -> None:
         net[2] = torch.compile(net[2], backend="eager", fullgraph=True)
     with mpp.fast_kernels(net):
         assert torch.equal(net(x), expected)
+
+
+class Recursive(nn.Module):
+    """Calls itself once with a small input, inside a mode of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns what the inner call leaves of that mode."""
+        if x.numel() == 1:
+            return x
+        with torch.device("meta"):
+            self(torch.ones(1, device="cpu"))
+            return torch.zeros(2)
+
+
+def test_a_call_within_a_call_ends_its_own_mode_alone(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_WORTH_A_MODE", 2)
+    net = Recursive()
+    with mpp.fast_kernels(net):
+        assert net(torch.ones(4)).device.type == "meta"
+        assert net(x=torch.ones(4)).device.type == "meta"
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+class Waiting(nn.Module):
+    """Stays in its call until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> int:
+        """Returns how many modes are on."""
+        if x.numel() > 1:
+            self.begun.set()
+            self.go_on.wait(20)
+        return len(torch.overrides._get_current_function_mode_stack())
+
+
+def test_threads_have_their_own(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_WORTH_A_MODE", 2)
+    net, depths = Waiting(), []
+
+    def other() -> None:
+        depths.append(net(torch.ones(4)))
+        depths.append(len(torch.overrides._get_current_function_mode_stack()))
+
+    with mpp.fast_kernels(net):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert net.begun.wait(20)
+        assert net(torch.ones(1)) == 0
+        net.go_on.set()
+        thread.join()
+    assert depths == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda x, w: F.max_pool2d(x[0].transpose(1, 2), 2).view(-1),
+        lambda x, w: vmap(lambda image: F.max_pool2d(image, 2).view(-1))(x),
+        lambda x, w: vmap(lambda image: F.conv2d(image, w).view(-1))(x),
+        lambda x, w: vmap(lambda image: F.conv2d(image, w, w[:, 0, 0, 0]).view(-1))(x),
+    ],
+)
+def test_feature_maps_can_be_viewed_as_torchs_can(flat) -> None:
+    x, w = _tensors((3, 2, 2, 6, 6), (4, 2, 3, 3))
+    expected = flat(x, w)
+    with FastKernels(second_order=True):
+        torch.testing.assert_close(flat(x, w), expected)
