@@ -96,5 +96,6 @@ class _MaxPool2d(QuickFunction):
         folded = _fold(x, in_dims[0], size)
         quick = folded.numel() >= _WORTH_A_FUNCTION
         function: Any = _MaxPool2d.apply if quick else _by_torch
-        y, places = (t.unflatten(1, (size, -1)).movedim(1, 0) for t in function(folded, how))
-        return (y.contiguous(), places), (0, 0)
+        # Left in the layout of convolutions and norms under vmap, tasks between images and
+        # channels: a copy here and another in the next convolution would cost what was saved.
+        return tuple(t.unflatten(1, (size, -1)) for t in function(folded, how)), (1, 1)

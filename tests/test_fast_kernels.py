@@ -448,7 +448,7 @@ def test_threads_have_their_own(monkeypatch) -> None:
     "flat",
     [
         lambda x, w: F.max_pool2d(x[0].transpose(1, 2), 2).view(-1),
-        lambda x, w: vmap(lambda image: F.max_pool2d(image, 2).view(-1))(x),
+        lambda x, w: vmap(lambda image: F.max_pool2d(image, 2).view(2, -1))(x),
         lambda x, w: vmap(lambda image: F.conv2d(image, w).view(-1))(x),
         lambda x, w: vmap(lambda image: F.conv2d(image, w, w[:, 0, 0, 0]).view(-1))(x),
     ],
