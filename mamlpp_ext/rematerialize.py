@@ -15,7 +15,8 @@ class Shelf:
 
     Each in memory of its own would lie somewhere in what the call's graph has left free, the next
     graph would not fit there again, and the process would grow as if graphs were kept (measured
-    with glibc: twice the memory at 20 calls). The caching allocator of a GPU does not need it.
+    with glibc: twice the memory at 20 calls). The caching allocator of a GPU does not need it. Any
+    of them that is still held keeps its whole block.
 
     Args:
         values: how many there will be, roughly.
