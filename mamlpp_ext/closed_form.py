@@ -45,7 +45,7 @@ from mamlpp_ext.batch_norm_kernels import (
     slow_in_torch,
     sums_and_backward,
 )
-from mamlpp_ext.quick_function import QuickFunction, forward_mode_active, primals
+from mamlpp_ext.quick_function import QuickFunction, folded, forward_mode_active, primals
 
 
 def batch_normalize(
@@ -104,13 +104,10 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Te
     """Turns a vmapped dimension into more channels: each task normalises by itself anyway."""
     if tensor is None:
         return None
-    tensor = (
-        tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    )
-    folded = tensor.movedim(0, channel).flatten(channel, channel + 1)
+    many = folded(tensor, dim, size, channel)
     # One channel expanded to many stays a view of stride 0, and torch's CPU kernels read weights
     # and statistics as if they were contiguous (2.13: wrong gradients in channels_last, no error).
-    return folded if channel else folded.contiguous()
+    return many if channel else many.contiguous()
 
 
 def _unfold(tensor: Tensor | None, size: int, channel: int) -> Tensor | None:
@@ -221,10 +218,10 @@ class _BatchNormBackward(QuickFunction):
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         *tensors, eps = inputs
         size = info.batch_size
-        folded = (
+        many = (
             _fold(t, dim, size, channel)
             for t, dim, channel in zip(tensors, in_dims[:5], (1, 1, 0, 0, 0), strict=True)
         )
         apply: Any = _BatchNormBackward.apply
-        dx, dw, db = apply(*folded, eps)
+        dx, dw, db = apply(*many, eps)
         return (_unfold(dx, size, 1), _unfold(dw, size, 0), _unfold(db, size, 0)), (1, 0, 0)

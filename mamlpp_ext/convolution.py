@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamlpp_ext.quick_function import QuickFunction, forward_mode_active, transforms_active
+from mamlpp_ext.quick_function import (
+    QuickFunction,
+    folded,
+    forward_mode_active,
+    transforms_active,
+)
 
 # Values of the output, before strides; below, Python would take longer than is saved.
 _WORTH_A_FUNCTION = 100_000
@@ -90,16 +95,6 @@ def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[b
     )
 
 
-def _fold(tensor: Tensor, dim: int | None, size: int, channel: int) -> Tensor:
-    """Turns a vmapped dimension into more channels, each task's in groups of its own."""
-    if dim is None:
-        tensor = tensor.unsqueeze(channel)
-        tensor = tensor.expand(*tensor.shape[:channel], size, *tensor.shape[channel + 1 :])
-    else:
-        tensor = tensor.movedim(dim, channel)
-    return tensor.flatten(channel, channel + 1)
-
-
 class _Convolution(QuickFunction):
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
@@ -128,10 +123,10 @@ class _Convolution(QuickFunction):
             many = x.movedim(in_dims[0], 0).flatten(0, 1)
             function: Any = _Convolution.apply if _worth_it(many, w) else _forward
             return function(many, w, b, how).unflatten(0, (size, -1)), 0
-        folded = _fold(x, in_dims[0], size, 1), _fold(w, in_dims[1], size, 0)
-        bias = None if b is None else _fold(b, in_dims[2], size, 0)
-        function = _Convolution.apply if _worth_it(*folded) else _forward
-        y = function(*folded, bias, how._replace(groups=how.groups * size))
+        many, weights = folded(x, in_dims[0], size, 1), folded(w, in_dims[1], size, 0)
+        biases = None if b is None else folded(b, in_dims[2], size, 0)
+        function = _Convolution.apply if _worth_it(many, weights) else _forward
+        y = function(many, weights, biases, how._replace(groups=how.groups * size))
         return y.unflatten(1, (size, -1)), 1
 
 
@@ -172,13 +167,15 @@ class _ConvolutionBackward(QuickFunction):
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         g, x, w, how, wanted = inputs
         size = info.batch_size
-        pairs = zip((g, x, w), in_dims[:3], (1, 1, 0), strict=True)
-        folded = [_fold(tensor, dim, size, channel) for tensor, dim, channel in pairs]
+        tensors = zip((g, x, w), in_dims[:3], (1, 1, 0), strict=True)
         apply: Any = _ConvolutionBackward.apply
-        grads = apply(*folded, how._replace(groups=how.groups * size), wanted)
-        dims = [None if t is None else dim for t, dim in zip(grads, (1, 0, 0), strict=True)]
-        unfolded = (
-            None if t is None else t.unflatten(dim, (size, -1))
-            for t, dim in zip(grads, (1, 0, 0), strict=True)
+        grads = apply(
+            *(folded(tensor, dim, size, channel) for tensor, dim, channel in tensors),
+            how._replace(groups=how.groups * size),
+            wanted,
         )
-        return tuple(unfolded), tuple(dims)
+        unfolded = [
+            (None, None) if t is None else (t.unflatten(dim, (size, -1)), dim)
+            for t, dim in zip(grads, (1, 0, 0), strict=True)
+        ]
+        return tuple(zip(*unfolded, strict=True))

@@ -19,9 +19,12 @@ from mamlpp_ext.max_pool import max_pool2d
 _POOLING: dict[Any, Callable[..., Any]] = {
     function: partial(max_pool2d, function) for function in (torch.max_pool2d, F.max_pool2d)
 }
-_CONVOLUTIONS: dict[Any, Callable[..., Any]] = {
-    function: partial(convolution, function, count)
-    for count, function in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1)
+_ALL: dict[Any, Callable[..., Any]] = {
+    **_POOLING,
+    **{
+        function: partial(convolution, function, count)
+        for count, function in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1)
+    },
 }
 
 
@@ -45,7 +48,7 @@ class FastKernels(TorchFunctionMode):
 
     def __init__(self, second_order: bool) -> None:
         super().__init__()
-        self.replacements = {**_POOLING, **_CONVOLUTIONS} if second_order else _POOLING
+        self.replacements = _ALL if second_order else _POOLING
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

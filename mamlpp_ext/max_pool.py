@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamlpp_ext.quick_function import QuickFunction, forward_mode_active, transforms_active
+from mamlpp_ext.quick_function import (
+    QuickFunction,
+    folded,
+    forward_mode_active,
+    transforms_active,
+)
 
 _WORTH_A_FUNCTION = 100_000  # values; below, Python would take longer than is saved
 _Sides = int | Sequence[int]
@@ -52,14 +57,6 @@ def max_pool2d(
     return apply(input, (*lists, ceil_mode))[0]
 
 
-def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """Turns a vmapped dimension into more channels, each of which is pooled by itself."""
-    if dim is None:
-        n, c, *sides = tensor.shape
-        return tensor.unsqueeze(1).expand(n, size, c, *sides).flatten(1, 2)
-    return tensor.movedim(dim, 1).flatten(1, 2)
-
-
 def _by_torch(x: Tensor, how: Any) -> Any:
     return torch.ops.aten.max_pool2d_with_indices(x, *how)
 
@@ -93,9 +90,9 @@ class _MaxPool2d(QuickFunction):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, how: Any) -> Any:
         size = info.batch_size
-        folded = _fold(x, in_dims[0], size)
-        quick = folded.numel() >= _WORTH_A_FUNCTION
+        many = folded(x, in_dims[0], size, 1)
+        quick = many.numel() >= _WORTH_A_FUNCTION
         function: Any = _MaxPool2d.apply if quick else _by_torch
         # Left in the layout of convolutions and norms under vmap, tasks between images and
         # channels: a copy here and another in the next convolution would cost what was saved.
-        return tuple(t.unflatten(1, (size, -1)) for t in function(folded, how)), (1, 1)
+        return tuple(t.unflatten(1, (size, -1)) for t in function(many, how)), (1, 1)

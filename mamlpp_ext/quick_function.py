@@ -28,6 +28,19 @@ class QuickFunction(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
+def folded(tensor: Tensor, dim: int | None, size: int, channel: int) -> Tensor:
+    """Turns a vmapped dimension, or none, into ``size`` times as many channels.
+
+    For a Function whose channels (or groups of them) do not see each other.
+    """
+    if dim is None:
+        tensor = tensor.unsqueeze(channel)
+        tensor = tensor.expand(*tensor.shape[:channel], size, *tensor.shape[channel + 1 :])
+    else:
+        tensor = tensor.movedim(dim, channel)
+    return tensor.flatten(channel, channel + 1)
+
+
 def forward_mode_active() -> bool:
     """Returns whether tensors may carry tangents, by ``jvp`` or dual numbers."""
     return forward_ad._current_level >= 0
