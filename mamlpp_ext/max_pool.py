@@ -21,6 +21,7 @@ from mamlpp_ext.quick_function import (
 )
 
 _WORTH_A_FUNCTION = 100_000  # values; below, Python would take longer than is saved
+_PIECE = 500_000  # values whose copy stays in the cache
 _Sides = int | Sequence[int]
 
 
@@ -61,15 +62,29 @@ def _by_torch(x: Tensor, how: Any) -> Any:
     return torch.ops.aten.max_pool2d_with_indices(x, *how)
 
 
+def _in_pieces(x: Tensor, how: Any) -> Any:
+    """Pools some images at a time, so that the copy in the other layout stays in the cache."""
+    outputs: Any = None
+    at_once = max(1, _PIECE * len(x) // x.numel())
+    for start in range(0, len(x), at_once):
+        piece = slice(start, start + at_once)
+        pooled = _by_torch(x[piece].contiguous(memory_format=torch.channels_last), how)
+        if outputs is None:
+            # In the layout that torch's function hands on, as whatever follows expects it.
+            outputs = [t.new_empty(len(x), *t.shape[1:]) for t in pooled]
+        for output, part in zip(outputs, pooled, strict=True):
+            output[piece] = part
+    return tuple(outputs)
+
+
 class _MaxPool2d(QuickFunction):
     """The pooled images and where in its image each value was."""
 
     @staticmethod
     def forward(x: Tensor, how: Any) -> Any:
-        pooled = _by_torch(x.contiguous(memory_format=torch.channels_last), how)
-        # Handed on in the layout that torch's function hands on, as whatever follows expects it.
-        kept = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return pooled if kept else tuple(t.contiguous() for t in pooled)
+        if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            return _by_torch(x, how)
+        return _in_pieces(x, how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
