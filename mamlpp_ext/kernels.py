@@ -16,17 +16,17 @@ from torch.overrides import TorchFunctionMode
 from mamlpp_ext.convolution import convolution
 from mamlpp_ext.max_pool import max_pool2d
 
-_POOLING: dict[Any, Callable[..., Any]] = {
-    function: partial(max_pool2d, function) for function in (torch.max_pool2d, F.max_pool2d)
-}
-_ALL: dict[Any, Callable[..., Any]] = {
-    **_POOLING,
-    **{
-        function: partial(convolution, function, count)
-        for count, function in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1)
-    },
-}
 
+def _replacements(second_order: bool) -> dict[Any, Callable[..., Any]]:
+    convolutions = enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1)
+    return {
+        **{function: partial(max_pool2d, function) for function in (torch.max_pool2d, F.max_pool2d)},
+        **{f: partial(convolution, f, count, second_order) for count, f in convolutions},
+    }
+
+
+# By whether gradients of gradients will be asked for.
+_REPLACEMENTS = {second_order: _replacements(second_order) for second_order in (False, True)}
 
 # Values of the inputs that a model is called with; below, Python takes longer than is saved.
 _WORTH_A_MODE = 10_000
@@ -48,7 +48,7 @@ class FastKernels(TorchFunctionMode):
 
     def __init__(self, second_order: bool) -> None:
         super().__init__()
-        self.replacements = _ALL if second_order else _POOLING
+        self.replacements = _REPLACEMENTS[bool(second_order)]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -103,7 +103,8 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
     The values and all derivatives are torch's own, for layers and for functions alike:
 
     - max pooling of images takes torch's kernel for channels_last, also in the default layout;
-    - convolutions have a double backward made of the kernels of training.
+    - convolutions have a double backward made of the kernels of training, and under ``vmap`` add
+      their bias themselves.
 
     :func:`task_batch_loss` and the adapters' ``innerloop_ctx`` do this by themselves; a loop in
     plain ``torch.func`` gains by it. Small inputs, other devices, autocast and code that
@@ -111,8 +112,7 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
 
     Args:
         module: the model, to which it adds hooks for the time of the block.
-        second_order: whether gradients of gradients will be asked for; if not, convolutions are
-            left alone.
+        second_order: whether gradients of gradients will be asked for; a matter of speed alone.
 
     Raises:
         TypeError: if ``module`` is not a module.

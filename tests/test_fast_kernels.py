@@ -173,7 +173,8 @@ def _meta_loss(params: dict[str, Tensor], net: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("least", [0, 10**9], ids=["ours", "torch's for want of size"])
 @pytest.mark.parametrize("batched", ["images", "weights", "both"])
-def test_torch_func_transforms(batched, least, monkeypatch) -> None:
+@pytest.mark.parametrize("second_order", [False, True])
+def test_torch_func_transforms(second_order, batched, least, monkeypatch) -> None:
     for module in (convolution, max_pool):
         monkeypatch.setattr(module, "_WORTH_A_FUNCTION", least)
     net = _net()
@@ -185,7 +186,7 @@ def test_torch_func_transforms(batched, least, monkeypatch) -> None:
         params = {n: torch.stack([scale * p for scale in scales]) for n, p in params.items()}
     images = x if batched != "weights" else x[0]
     expected = vmap(grad(_meta_loss), dims)(params, net, images)
-    with FastKernels(second_order=True):
+    with FastKernels(second_order):
         found = vmap(grad(_meta_loss), dims)(params, net, images)
     for name, ours in found.items():
         torch.testing.assert_close(ours, expected[name], rtol=1e-9, atol=1e-9)
