@@ -73,7 +73,7 @@ def convolution(
         or torch.is_autocast_enabled("cpu")
         or forward_mode_active()
         or not (transforms_active() or any(t.requires_grad for t in tensors))
-        or not (transforms_active() or second_order and _worth_it(input, weight))
+        or not (transforms_active() or (second_order and _worth_it(input, weight)))
     ):
         return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
     sides: Any = [_each(value, count) for value in (stride, padding, dilation)]

@@ -20,7 +20,7 @@ from mamlpp_ext.max_pool import max_pool2d
 def _replacements(second_order: bool) -> dict[Any, Callable[..., Any]]:
     convolutions = enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1)
     return {
-        **{function: partial(max_pool2d, function) for function in (torch.max_pool2d, F.max_pool2d)},
+        **{f: partial(max_pool2d, f) for f in (torch.max_pool2d, F.max_pool2d)},
         **{f: partial(convolution, f, count, second_order) for count, f in convolutions},
     }
 

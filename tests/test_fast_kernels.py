@@ -355,7 +355,10 @@ def test_adapters_use_them(adapter) -> None:
 
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("rematerialize", [False, True])
-def test_task_batch_loss_agrees_with_and_without(tasks, rematerialize, monkeypatch) -> None:
+@pytest.mark.parametrize("second_order", [False, True])
+def test_task_batch_loss_agrees_with_and_without(
+    second_order, tasks, rematerialize, monkeypatch
+) -> None:
     net = _net()
     batch = (
         *_tensors((tasks, 2, 2, 4, 4), (tasks, 2, 2)),
@@ -365,9 +368,8 @@ def test_task_batch_loss_agrees_with_and_without(tasks, rematerialize, monkeypat
     learned = [*net.parameters(), *lslr.parameters()]
 
     def gradient() -> tuple[Tensor, ...]:
-        result = mpp.task_batch_loss(
-            net, lslr, batch, F.mse_loss, num_steps=2, rematerialize=rematerialize
-        )
+        how = {"rematerialize": rematerialize, "second_order": second_order}
+        result = mpp.task_batch_loss(net, lslr, batch, F.mse_loss, num_steps=2, **how)
         return torch.autograd.grad(result.loss, learned)
 
     found = gradient()
