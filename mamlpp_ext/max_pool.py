@@ -82,9 +82,8 @@ class _MaxPool2d(QuickFunction):
 
     @staticmethod
     def forward(x: Tensor, how: Any) -> Any:
-        if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-            return _by_torch(x, how)
-        return _in_pieces(x, how)
+        ready = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return _by_torch(x, how) if ready or not x.numel() else _in_pieces(x, how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

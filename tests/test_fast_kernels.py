@@ -30,6 +30,7 @@ def _small_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (convolution, "_WORTH_A_FUNCTION"),
         (max_pool, "_WORTH_A_FUNCTION"),
+        (max_pool, "_PIECE"),  # an image at a time
         (kernels, "_WORTH_A_MODE"),
     ):
         monkeypatch.setattr(module, name, 0)
@@ -141,6 +142,12 @@ def test_pooling_and_its_derivatives_are_torchs(how, layout) -> None:
     assert torch.equal(pooled, F.max_pool2d(x, **how))
     for ours, torchs in zip(found, expected, strict=True):
         assert torch.equal(ours, torchs)
+
+
+def test_pooling_of_no_images_within_a_transform() -> None:
+    with FastKernels(second_order=True):
+        found = grad(lambda x: F.max_pool2d(x, 2).sum())(torch.ones(0, 2, 4, 4))
+    assert found.shape == (0, 2, 4, 4)
 
 
 def test_pooling_puts_nan_and_ties_where_torch_does() -> None:
