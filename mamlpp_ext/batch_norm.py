@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mamlpp_ext.batch_norm_kernels import Running
 from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, select_row
@@ -85,7 +86,14 @@ class _PerStepBatchNorm(RunningStatistics):
             ValueError: for another rank or number of channels, a single value per channel where
                 batch statistics are needed, or an inner step beyond the rows.
         """
-        self._check_input(input)
+        if has_torch_function_unary(input):
+            # One function to subclasses and modes, as torch's own are, not each call that it makes.
+            return handle_torch_function(self._normalize, (input,), input)
+        return self._normalize(input)
+
+    def _normalize(self, input: Tensor) -> Tensor:
+        shape = input.shape
+        self._check_shape(shape)
         clock = self.inner_step
         row = select_row(clock.index, self.num_steps, self.extra_steps, type(self).__name__)
         weight, bias = self.weight, self.bias
@@ -95,10 +103,10 @@ class _PerStepBatchNorm(RunningStatistics):
         if not by_batch and self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean[row], self.running_var[row]
             return normalize(input, mean, var, weight, bias, self.eps)
-        if input.numel() // self.num_features < 2:
+        if shape.numel() // self.num_features < 2:
             raise ValueError(
                 f"{type(self).__name__} needs more than 1 value per channel to compute batch "
-                f"statistics, got input of shape {tuple(input.shape)}; give it a larger batch, or "
+                f"statistics, got input of shape {tuple(shape)}; give it a larger batch, or "
                 "call .eval() to normalise by running statistics"
             )
         return self._by_batch(input, weight, bias, row)
@@ -123,17 +131,17 @@ class _PerStepBatchNorm(RunningStatistics):
             self._record(row, into.mean, into.var)
         return output
 
-    def _check_input(self, input: Tensor) -> None:
-        if input.dim() not in self._ranks:
+    def _check_shape(self, shape: torch.Size) -> None:
+        if len(shape) not in self._ranks:
             raise ValueError(
-                f"{type(self).__name__} expects input of shape {self._shape}, got "
-                f"{tuple(input.shape)}; reshape it or use the layer for that number of dimensions"
+                f"{type(self).__name__} expects input of shape {self._shape}, got {tuple(shape)}; "
+                "reshape it or use the layer for that number of dimensions"
             )
-        if input.shape[1] != self.num_features:
+        if shape[1] != self.num_features:
             raise ValueError(
                 f"{type(self).__name__} expects {self.num_features} channels in dimension 1, got "
-                f"{input.shape[1]} in input of shape {tuple(input.shape)}; build it with "
-                f"num_features={input.shape[1]}"
+                f"{shape[1]} in input of shape {tuple(shape)}; build it with "
+                f"num_features={shape[1]}"
             )
 
     def _load_from_state_dict(

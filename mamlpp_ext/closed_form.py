@@ -137,7 +137,8 @@ class _BatchNorm(QuickFunction):
         _, mean, rstd, var = output
         ctx.mark_non_differentiable(mean, rstd, var)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.save_for_forward(x, weight, mean, rstd)
+        if forward_mode_active():
+            ctx.save_for_forward(x, weight, mean, rstd)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -189,7 +190,8 @@ class _BatchNormBackward(QuickFunction):
         g, x, weight, mean, rstd, ctx.eps = inputs
         _, dw, db = output
         ctx.save_for_backward(g, x, weight, mean, rstd, dw, db)
-        ctx.save_for_forward(g, x, weight, mean, rstd, dw, db)
+        if forward_mode_active():
+            ctx.save_for_forward(g, x, weight, mean, rstd, dw, db)
         ctx.set_materialize_grads(False)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Convolution whose double backward is made of the kernels of training.
+"""Convolution in channels_last, whose double backward is made of the kernels of training.
 
 torch (2.13, CPU) makes the double backward of small convolutions, with kernels as large as the
 images. But a convolution is linear in its input and in its weight, so with u, v, s the gradients
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mamlpp_ext.layout import channels_last
 from mamlpp_ext.quick_function import (
     QuickFunction,
     folded,
@@ -63,23 +64,32 @@ def convolution(
 
     Whatever the closed form is not for, or not known to pay, is left to ``function`` itself.
     """
-    tensors = [input, weight] if bias is None else [input, weight, bias]
     if (
-        not all(isinstance(v, (int, tuple, list)) for v in (stride, padding, dilation))  # or "same"
-        or not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        or not all(t.device.type == "cpu" and t.is_floating_point() for t in tensors)
+        not (_is_ours(input) and _is_ours(weight) and (bias is None or _is_ours(bias)))
         or not input.dim() == weight.dim() == count + 2
-        or not torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or forward_mode_active()
-        or not (transforms_active() or any(t.requires_grad for t in tensors))
-        or not (transforms_active() or (second_order and _worth_it(input, weight)))
     ):
         return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
-    sides: Any = [_each(value, count) for value in (stride, padding, dilation)]
+    within = transforms_active()
+    x = channels_last(input) if count == 2 and not within else input
+    if not (within or (second_order and _is_learned(x, weight, bias) and _worth_it(x, weight))):
+        return function(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+    how = (stride, padding, dilation)
+    if not all(isinstance(value, (int, tuple, list)) for value in how):  # padding="same"
+        return function(x, weight, bias, *how, groups)  # type: ignore[no-any-return]
+    strides, paddings, dilations = (_each(value, count) for value in how)
+    geometry = Geometry(strides, paddings, dilations, groups, second_order)
     apply: Any = _Convolution.apply
-    how = Geometry(sides[0], sides[1], sides[2], groups, second_order)
-    return apply(input, weight, bias, how)  # type: ignore[no-any-return]
+    return apply(x, weight, bias, geometry)  # type: ignore[no-any-return]
+
+
+def _is_ours(t: Any) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.is_floating_point()
+
+
+def _is_learned(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _worth_it(x: Tensor, w: Tensor) -> bool:
@@ -98,7 +108,9 @@ def _forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
 
 
 def _quickest(x: Tensor, w: Tensor, how: Geometry) -> Any:
-    return _Convolution.apply if how.second_order and _worth_it(x, w) else _forward
+    # torch's own convolution has no derivatives within vmap for what lies channels_last (2.13).
+    ours = transforms_active() or (how.second_order and _worth_it(x, w))
+    return _Convolution.apply if ours else _forward
 
 
 def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]) -> Any:
@@ -126,8 +138,10 @@ class _Convolution(QuickFunction):
             return None, None, None, None
         x, w = ctx.saved_tensors
         # Forward mode has torch's own formula; without further derivatives ours would be in vain.
-        further = torch.is_grad_enabled() and not forward_mode_active()
-        function: Any = _ConvolutionBackward.apply if further else _backward
+        further = torch.is_grad_enabled() or transforms_active()
+        function: Any = _backward
+        if further and not forward_mode_active():
+            function = _ConvolutionBackward.apply
         return *function(g, x, w, ctx.how, ctx.needs_input_grad[:3]), None
 
     @staticmethod
@@ -138,6 +152,8 @@ class _Convolution(QuickFunction):
             return _quickest(many, w, how)(many, w, b, how).unflatten(0, (size, -1)), 0
         many, weights = folded(x, in_dims[0], size, 1), folded(w, in_dims[1], size, 0)
         biases = None if b is None else folded(b, in_dims[2], size, 0)
+        if many.dim() == 4 and not transforms_active():
+            many = channels_last(many)
         how = how._replace(groups=how.groups * size)
         y = _quickest(many, weights, how)(many, weights, biases, how)
         return y.unflatten(1, (size, -1)), 1
@@ -161,11 +177,14 @@ class _ConvolutionBackward(QuickFunction):
         # Made of differentiable operations, so that it has further derivatives.
         g, x, w = ctx.saved_tensors
         to_g, to_x, to_w = ctx.needs_input_grad[:3]
+        within = transforms_active() and not forward_mode_active()
+        forward: Any = _Convolution.apply if within else _forward
+        backward: Any = _ConvolutionBackward.apply if within else _backward
         parts = []
         if to_g and u is not None:
-            parts.append(_forward(u, w, s, ctx.how))
+            parts.append(forward(u, w, s, ctx.how))
         if to_g and v is not None:
-            parts.append(_forward(x, v, None if parts else s, ctx.how))
+            parts.append(forward(x, v, None if parts else s, ctx.how))
         if to_g and s is not None and not parts:
             parts.append(s.view(-1, *[1] * (g.dim() - 2)).expand_as(g))
         along_g = parts[0] if len(parts) == 1 else torch.add(*parts) if parts else None
@@ -173,7 +192,7 @@ class _ConvolutionBackward(QuickFunction):
         along_x = along_w = None
         if any(wanted):
             at = x if u is None else u, w if v is None else v  # what is None is not read
-            along_x, along_w, _ = _backward(g, *at, ctx.how, wanted)
+            along_x, along_w, _ = backward(g, *at, ctx.how, wanted)
         return along_g, along_x, along_w, None, None
 
     @staticmethod

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamlpp_ext.quick_function import QuickFunction, transforms_active
+from mamlpp_ext.quick_function import QuickFunction, forward_mode_active, transforms_active
 
 
 def descend(params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor) -> tuple[Tensor, ...]:
@@ -54,7 +54,8 @@ class _Descend(QuickFunction):
         rates, *tensors = inputs
         grads = tensors[len(rates) :]
         ctx.save_for_backward(rates, *grads)
-        ctx.save_for_forward(rates, *grads)
+        if forward_mode_active():
+            ctx.save_for_forward(rates, *grads)
         ctx.set_materialize_grads(False)
 
     @staticmethod

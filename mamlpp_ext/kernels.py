@@ -6,22 +6,29 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mamlpp_ext.convolution import convolution
+from mamlpp_ext.layout import in_default_layout, view
 from mamlpp_ext.max_pool import max_pool2d
+from mamlpp_ext.quick_function import transforms_active
+
+_POOLING = (torch.max_pool2d, F.max_pool2d)
+# These rise with their input (F.leaky_relu: where its slope does), or stay as they are.
+_ACTIVATIONS = (torch.relu, Tensor.relu, F.relu, F.leaky_relu)
 
 
 def _replacements(second_order: bool) -> dict[Any, Callable[..., Any]]:
     convolutions = enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1)
     return {
-        **{f: partial(max_pool2d, f) for f in (torch.max_pool2d, F.max_pool2d)},
+        **{f: partial(max_pool2d, f) for f in _POOLING},
         **{f: partial(convolution, f, count, second_order) for count, f in convolutions},
+        **{f: partial(view, f) for f in (Tensor.view, Tensor.view_as)},
     }
 
 
@@ -29,13 +36,44 @@ def _replacements(second_order: bool) -> dict[Any, Callable[..., Any]]:
 _REPLACEMENTS = {second_order: _replacements(second_order) for second_order in (False, True)}
 
 # Values of the inputs that a model is called with; below, Python takes longer than is saved.
-_WORTH_A_MODE = 10_000
+_WORTH_A_MODE = 2_500
+# Values of an activation's input; below, it is in the cache anyway.
+_WORTH_COMMUTING = 1_500_000
 
 
 def worth_it(*inputs: Any) -> bool:
     """Returns whether a model called with ``inputs`` gains by :class:`FastKernels`."""
-    values = sum(x.numel() for x in inputs if isinstance(x, torch.Tensor))
+    values = sum(x.numel() for x in inputs if isinstance(x, Tensor))
     return values >= _WORTH_A_MODE and not torch.compiler.is_compiling()
+
+
+class _Activated(NamedTuple):
+    """An activation that was just called: with what, and what it returned."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+    def may_follow_pooling(self, pooled: Any) -> bool:
+        """Returns whether it may be called after the pooling of ``pooled`` instead.
+
+        The greatest value of a window stays the greatest. A quarter of the values are left for it
+        and for its backwards. What it returned was computed in vain then, unless others read it.
+        """
+        x = self.args[0] if self.args else None
+        if pooled is not self.output or pooled is x or not isinstance(x, Tensor) or not x.is_cpu:
+            return False
+        if not (transforms_active() or x.numel() >= _WORTH_COMMUTING):
+            return False
+        return self.function is not F.leaky_relu or self._slope() >= 0
+
+    def _slope(self) -> Any:
+        return self.args[1] if len(self.args) > 1 else self.kwargs.get("negative_slope", 0.01)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Calls it with ``x``."""
+        return self.function(x, *self.args[1:], **self.kwargs)  # type: ignore[no-any-return]
 
 
 class FastKernels(TorchFunctionMode):
@@ -49,14 +87,23 @@ class FastKernels(TorchFunctionMode):
     def __init__(self, second_order: bool) -> None:
         super().__init__()
         self.replacements = _REPLACEMENTS[bool(second_order)]
+        self.activated: _Activated | None = None  # by the very last call
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Calls the replacement of ``func``, or ``func``."""
-        if not torch.compiler.is_compiling():
-            func = self.replacements.get(func, func)
-        return func(*args, **kwargs) if kwargs else func(*args)
+        before, self.activated = self.activated, None
+        kwargs = kwargs or {}
+        quick = None if torch.compiler.is_compiling() else self.replacements.get(func)
+        if quick is None:
+            output = func(*args, **kwargs)
+            if func in _ACTIVATIONS:
+                self.activated = _Activated(func, args, kwargs, output)
+            return output
+        if before is not None and func in _POOLING and args and before.may_follow_pooling(args[0]):
+            return before.of(quick(before.args[0], *args[1:], **kwargs))
+        return quick(*args, **kwargs)
 
 
 class _Hooks:
@@ -90,10 +137,12 @@ class _Hooks:
             mode.__enter__()
         self.entered.append(mode)
 
-    def end(self, *_: Any) -> None:
+    def end(self, module: Any = None, args: Any = (), kw: Any = (), output: Any = None) -> Any:
         mode = self.entered.pop() if self.entered else None  # where a hook failed before `begin`
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        if mode is None:
+            return None
+        mode.__exit__(None, None, None)
+        return in_default_layout(output, (args, kw))
 
 
 @contextmanager
@@ -102,9 +151,14 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
 
     The values and all derivatives are torch's own, for layers and for functions alike:
 
-    - max pooling of images takes torch's kernel for channels_last, also in the default layout;
+    - convolutions of images return channels_last, in which batch norm and pooling are fastest;
     - convolutions have a double backward made of the kernels of training, and under ``vmap`` add
-      their bias themselves.
+      their bias themselves;
+    - max pooling takes torch's kernel for channels_last, and comes before a ReLU.
+
+    A forward may look at a feature map by ``view`` all the same, and images are returned in the
+    layout that they would have without. Gradients of a convolution's weight may be channels_last:
+    flatten them by ``reshape``.
 
     :func:`task_batch_loss` and the adapters' ``innerloop_ctx`` do this by themselves; a loop in
     plain ``torch.func`` gains by it. Small inputs, other devices, autocast and code that
@@ -136,7 +190,7 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
     hooks = _Hooks(second_order)
     handles = [
         module.register_forward_pre_hook(hooks.begin, prepend=True, with_kwargs=True),
-        module.register_forward_hook(hooks.end, always_call=True),
+        module.register_forward_hook(hooks.end, with_kwargs=True, always_call=True),
     ]
     try:
         yield

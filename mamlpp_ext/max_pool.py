@@ -44,10 +44,10 @@ def max_pool2d(
         return_indices
         or not all(type(side) is int or isinstance(side, (tuple, list)) for side in sides)
         or type(input) not in (Tensor, torch.nn.Parameter)
-        or input.device.type != "cpu"
+        or not input.is_cpu
         or not input.is_floating_point()
         or input.dim() != 4
-        or not (transforms_active() or input.numel() >= _WORTH_A_FUNCTION)
+        or not (transforms_active() or (input.numel() >= _WORTH_A_FUNCTION and not _ready(input)))
         or forward_mode_active()
     ):
         further = {"return_indices": True} if return_indices else {}
@@ -56,6 +56,11 @@ def max_pool2d(
     lists = [[side] if isinstance(side, int) else list(side) for side in sides]
     apply: Any = _MaxPool2d.apply
     return apply(input, (*lists, ceil_mode))[0]
+
+
+def _ready(x: Tensor) -> bool:
+    """Returns whether torch's own function takes the quick kernel."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _by_torch(x: Tensor, how: Any) -> Any:
@@ -82,8 +87,7 @@ class _MaxPool2d(QuickFunction):
 
     @staticmethod
     def forward(x: Tensor, how: Any) -> Any:
-        ready = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return _by_torch(x, how) if ready or not x.numel() else _in_pieces(x, how)
+        return _by_torch(x, how) if _ready(x) or not x.numel() else _in_pieces(x, how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -98,6 +102,9 @@ class _MaxPool2d(QuickFunction):
         x, places = ctx.saved_tensors
         if g is None:
             return None, None
+        if transforms_active():
+            # torch's double backward (2.13) asks for the layout of the places, which vmap refuses.
+            places = places.contiguous()
         backward = torch.ops.aten.max_pool2d_with_indices_backward
         return backward(g, x.detach(), *ctx.how, places), None
 

@@ -97,14 +97,20 @@ def per_step_layers(module: nn.Module) -> dict[str, Any]:
 
 def clocks_of(module: nn.Module) -> list[InnerStep]:
     """Returns the positions that the per-step layers of ``module`` hold, shared ones once."""
-    clocks = [layer.inner_step for layer in per_step_layers(module).values()]
-    return list({id(clock): clock for clock in clocks}.values())
+    return _distinct(per_step_layers(module))
 
 
-def _check_rows(module: nn.Module, step: int) -> None:
-    for name, layer in per_step_layers(module).items():
+def checked_clocks(module: nn.Module, step: int) -> list[InnerStep]:
+    """Returns the positions of ``module`` if all its layers have a row for ``step``."""
+    layers = per_step_layers(module)
+    for name, layer in layers.items():
         owner = f"layer '{name}' ({layer.__class__.__name__})"
         select_row(step, layer.num_steps, layer.extra_steps, owner)
+    return _distinct(layers)
+
+
+def _distinct(layers: dict[str, Any]) -> list[InnerStep]:
+    return list({id(layer.inner_step): layer.inner_step for layer in layers.values()}.values())
 
 
 def inner_steps(
@@ -144,8 +150,8 @@ def inner_steps(
         statistics, weights and biases are indexed by.
     """
     num_steps = checked_count("num_steps", num_steps)
-    _check_rows(module, num_steps - 1)  # now, not at the first next(): a generator would be lazy
-    return _drive(clocks_of(module), num_steps, second_order)
+    # Checked now, not at the first next(): a generator would be lazy.
+    return _drive(checked_clocks(module, num_steps - 1), num_steps, second_order)
 
 
 def _drive(clocks: list[InnerStep], num_steps: int, second_order: bool | None) -> Iterator[int]:
@@ -199,30 +205,36 @@ def at_step(module: nn.Module, step: int) -> Iterator[None]:
         statistics, weights and biases are indexed by.
     """
     step = checked_count("step", step, least=0)
-    _check_rows(module, step)
-    with kept_step(module):
-        for clock in clocks_of(module):
+    with placed_at(checked_clocks(module, step), step):
+        yield
+
+
+@contextmanager
+def placed_at(clocks: list[InnerStep], step: int) -> Iterator[None]:
+    """Runs the forwards inside the ``with`` block with these positions at ``step``."""
+    with kept_steps(clocks):
+        for clock in clocks:
             clock.index = step
         yield
 
 
 @contextmanager
-def of_order(module: nn.Module, second_order: bool) -> Iterator[None]:
-    """Tells every layer of ``module`` whether gradients of gradients will be asked for."""
-    before = [(clock, clock.second_order) for clock in clocks_of(module)]
+def of_order(clocks: list[InnerStep], second_order: bool) -> Iterator[None]:
+    """Tells the layers of these positions whether gradients of gradients will be asked for."""
+    before = [clock.second_order for clock in clocks]
     try:
-        for clock, _ in before:
+        for clock in clocks:
             clock.second_order = second_order
         yield
     finally:
-        for clock, earlier in before:
+        for clock, earlier in zip(clocks, before, strict=True):
             clock.second_order = earlier
 
 
 @contextmanager
-def kept_step(module: nn.Module) -> Iterator[None]:
-    """Puts the inner step of every layer back on exit, however the block ends."""
-    before = [(clock, clock.index, clock.driver) for clock in clocks_of(module)]
+def kept_steps(clocks: list[InnerStep]) -> Iterator[None]:
+    """Puts the inner steps back on exit, however the block ends."""
+    before = [(clock, clock.index, clock.driver) for clock in clocks]
     try:
         yield
     finally:

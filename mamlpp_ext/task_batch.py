@@ -112,6 +112,7 @@ def task_batch_loss(
         model,
         lslr,
         loss_fn,
+        num_steps=num_steps,
         second_order=second_order,
         rematerialize=rematerialize,
         all_step_losses=all_step_losses,

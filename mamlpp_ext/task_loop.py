@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mamlpp_ext.kernels import FastKernels, worth_it
+from mamlpp_ext.layout import channels_last, in_default_layout
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.rematerialize import Shelf, rematerialized
-from mamlpp_ext.steps import Tape, at_step, of_order, per_step_layers
+from mamlpp_ext.steps import Tape, checked_clocks, of_order, placed_at
 
 Params = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -28,6 +29,7 @@ class TaskLoop:
         lslr: LSLR,
         loss_fn: Loss,
         *,
+        num_steps: int,
         second_order: bool,
         rematerialize: bool,
         all_step_losses: bool,
@@ -41,7 +43,8 @@ class TaskLoop:
         # Read in eval mode; in the list, changing them before the backward is an error.
         read = [b for m in model.modules() if not m.training for b in m.buffers(recurse=False)]
         self.captured = [*self.learned, *read]
-        self.layers = per_step_layers(model).values()
+        self.clocks = checked_clocks(model, num_steps - 1)
+        self.modules = list(model.modules())
         self.places = _places(model, self.initial)
 
     def learned_from(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
@@ -56,6 +59,10 @@ class TaskLoop:
         if single:
             data = tuple(tensor[0] for tensor in data)
         else:
+            if worth_it(data[0]):
+                # Once, instead of every task's own in every convolution.
+                images = (name for name, p in adapted.items() if p.dim() == 4 and p.is_cpu)
+                adapted.update((name, channels_last(adapted[name])) for name in list(images))
             adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
         losses, tape = [], Tape()
         weights = sum(tensor.numel() for tensor in adapted.values())
@@ -110,15 +117,15 @@ class _Step:
         tracked = torch.is_grad_enabled()
         if not tracked:  # evaluation, or a step whose graph is rebuilt later
             adapted = {name: t.detach().requires_grad_() for name, t in adapted.items()}
-        model, second_order = self.inner.model, self.inner.second_order
-        with at_step(model, self.step), of_order(model, tracked and second_order):
+        clocks, order = self.inner.clocks, tracked and self.inner.second_order
+        with placed_at(clocks, self.step), of_order(clocks, order):
             with torch.enable_grad():
                 losses, (_, seen) = self._forward(adapted, x_support, y_support)
                 # No loss depends on another task's weights: the sum's gradient is each one's.
                 grads = torch.autograd.grad(
                     losses.sum(),
                     [*adapted.values()],
-                    create_graph=tracked and self.inner.second_order,
+                    create_graph=order,
                     allow_unused=True,
                 )
             updated = self.inner.lslr.update(
@@ -144,16 +151,18 @@ class _Step:
         self, adapted: Params, x: Tensor, y: Tensor
     ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
         tape: Tape = []
-        for layer in self.inner.layers:
-            layer.inner_step.tape = tape
+        for clock in self.inner.clocks:
+            clock.tape = tape
         try:
             placed = {place: adapted[name] for place, name in self.inner.places.items()}
             with FastKernels(self.inner.second_order) if self.quick else nullcontext():
                 logits = functional_call(self.inner.model, placed, (x,), tie_weights=False)
+            if self.quick:
+                logits = in_default_layout(logits, x)
             loss = self.inner.loss_fn(logits, y)
         finally:
-            for layer in self.inner.layers:
-                layer.inner_step.tape = None
+            for clock in self.inner.clocks:
+                clock.tape = None
         if not isinstance(loss, Tensor) or loss.dim():
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise (ValueError if isinstance(loss, Tensor) else TypeError)(
@@ -170,8 +179,8 @@ class _Step:
 
     def _mode(self) -> tuple[tuple[bool, ...], tuple[int, ...]]:
         """What decides how the layers compute, besides their tensors."""
-        frozen = tuple(layer.inner_step.frozen for layer in self.inner.layers)
-        return tuple(module.training for module in self.inner.model.modules()), frozen
+        frozen = tuple(clock.frozen for clock in self.inner.clocks)
+        return tuple(module.training for module in self.inner.modules), frozen
 
 
 def _places(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:

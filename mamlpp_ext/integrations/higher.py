@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mamlpp_ext.exclusive import alone
 from mamlpp_ext.kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.steps import kept_step, of_order
+from mamlpp_ext.steps import clocks_of, kept_steps, of_order
 
 try:
     import higher
@@ -239,11 +239,11 @@ def innerloop_ctx(
     Source:
         The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
-    optimizer = LSLROptimizer(net, lslr, second_order)
+    optimizer, clocks = LSLROptimizer(net, lslr, second_order), clocks_of(net)
     with (
         alone(net),
-        kept_step(net),
-        of_order(net, second_order and track_higher_grads),
+        kept_steps(clocks),
+        of_order(clocks, second_order and track_higher_grads),
         higher.innerloop_ctx(
             net,
             optimizer,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mamlpp_ext.exclusive import alone
 from mamlpp_ext.kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.steps import kept_step, of_order
+from mamlpp_ext.steps import clocks_of, kept_steps, of_order
 
 try:
     import torchopt
@@ -229,12 +229,13 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     """
     inner_opt = MetaLSLR(net, lslr, second_order)
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
+    clocks = clocks_of(net)
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
         with (
             alone(net),
-            kept_step(net),
-            of_order(net, second_order),
+            kept_steps(clocks),
+            of_order(clocks, second_order),
             fast_kernels(net, second_order=second_order),
         ):
             yield inner_opt
