@@ -87,7 +87,8 @@ def _cpu_forward(
     # being one of N, that sample is at most sqrt(N) standard deviations away from the mean.
     rough = x[0].mean(list(range(1, x.dim() - 1))) if x.dim() > 2 else x[0]
     centred = x - wide(rough, x)
-    spread, total = _centred_sums(centred, centred, torch.zeros_like(rough), 1 / count)
+    zero, rstd = torch.zeros_like(rough), torch.full_like(rough, 1 / count)
+    spread, total = _centred_sums(centred, centred, zero, rstd)
     offset = total / count
     var = torch.addcmul(spread, offset, offset, value=-1).clamp_min_(0)
     # In place: a fresh output would cost more in page faults than the arithmetic does.
@@ -101,12 +102,12 @@ def _cpu_forward(
     return centred, mean, torch.rsqrt(var + eps), unbiased
 
 
-def _centred_sums(a: Tensor, b: Tensor, mean: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns scale sum(a (b - mean)) and sum(a) by channel: one vectorised pass, no temporary.
+def _centred_sums(a: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rstd sum(a (b - mean)) and sum(a) by channel: one vectorised pass, no temporary.
 
-    These are the weight and bias gradients of a batch norm with this 1 / sqrt(var).
+    These are the weight and bias gradients of a batch norm.
     """
-    rstd, sums = torch.full_like(mean, scale), [False, True, True]
+    sums = [False, True, True]
     return _backward(a, b, None, None, None, mean, rstd, True, 0.0, sums)[1:]  # type: ignore[no-any-return]
 
 
@@ -118,24 +119,23 @@ def double_backward(
     With the sums known, what goes to x is g, u and x by a factor of its own for each channel.
     """
     g, x, weight, mean, rstd, dw, db = saved
-    count = x.numel() / x.shape[1]
-    slope = rstd if weight is None else rstd * weight
+    part = x.shape[1] / x.numel()  # 1 / N
+    zero, one = torch.zeros_like(mean), torch.ones_like(mean)
     to_g, u_xhat, u_sum = sums_and_backward(u, x, weight, mean, rstd, eps)
-    zero = torch.zeros_like(mean)
-    u_g, _ = _centred_sums(u, g, zero, 1.0)
-    share = slope / -count
-    to_w = rstd * (u_g - torch.addcmul(u_sum * db, u_xhat, dw) / count)
-    of_g = share * u_xhat if v is None else torch.addcmul(v, share, u_xhat)  # the factors in q
-    of_u = share * dw
-    q_sum, q_xhat = of_g * db, of_g * dw
-    q_sum.addcmul_(of_u, u_sum)
-    q_xhat.addcmul_(of_u, u_xhat)
-    of_x = torch.addcmul(share * to_w, rstd, q_xhat, value=-1 / count).mul_(rstd)
-    constant = (rstd * q_sum).div_(-count).addcmul_(of_x, mean, value=-1)
+    u_g, _ = _centred_sums(u, g, zero, one)
+    shared = torch.addcmul(u_sum * db, u_xhat, dw)
+    to_w = torch.sub(u_g, shared, alpha=part).mul_(rstd)
+    share = (rstd if weight is None else rstd * weight) * rstd * -part
+    of_g, of_u = share * u_xhat, share * dw  # the factors in q, by r
+    if v is not None:
+        of_g.addcmul_(v, rstd)
+    q_sum = (of_g * db).addcmul_(of_u, u_sum)
+    q_xhat = (of_g * dw).addcmul_(of_u, u_xhat)
+    of_x = (share * to_w).addcmul_(rstd, q_xhat, value=-part)
+    constant = q_sum.mul_(-part).addcmul_(of_x, mean, value=-1)
     # Batch norm in eval mode is the one kernel that scales and shifts by channel in a single pass.
-    one = torch.ones_like(zero)
-    to_x = torch.native_batch_norm(g, rstd * of_g, constant, zero, one, False, 0.0, 0.0)[0]
-    to_x.addcmul_(u, wide(rstd * of_u, u)).addcmul_(x, wide(of_x, x))
+    to_x = torch.native_batch_norm(g, of_g, constant, zero, one, False, 0.0, 0.0)[0]
+    to_x.addcmul_(u, wide(of_u, u)).addcmul_(x, wide(of_x, x))
     if v is not None:
         to_g.addcmul_(x, wide(v * rstd, x)).sub_(wide(v * rstd * mean, x))
     if s is not None:

@@ -72,7 +72,11 @@ def convolution(
     ):
         return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
     within = transforms_active()
-    x = channels_last(input) if count == 2 and not within else input
+    x = input
+    if count == 2 and not within:
+        x = channels_last(input)
+        # Once, where every derivative would copy them anew.
+        weight = weight.contiguous(memory_format=torch.channels_last)
     if not (within or (second_order and _is_learned(x, weight, bias) and _worth_it(x, weight))):
         return function(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
     how = (stride, padding, dilation)

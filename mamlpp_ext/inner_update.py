@@ -91,5 +91,8 @@ def _alike(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:
-    # Flattening another layout, such as channels_last, would copy it.
-    return a.flatten().dot(b.flatten()) if a.is_contiguous() else (a * b).sum()
+    if a.is_contiguous():
+        return a.flatten().dot(b.flatten())
+    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):  # flat in this order
+        return a.movedim(1, 3).flatten().dot(b.movedim(1, 3).flatten())
+    return (a * b).sum()  # flattening would copy
