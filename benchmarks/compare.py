@@ -73,10 +73,12 @@ def pairs(device: str) -> Iterator[Pair]:
         goal = 1.0 if ways == 20 else 0.7 if second_order else 0.6
         name = f"task_batch_loss with MAML++ / faster of higher's and torchopt's MAML, {about}"
         yield Pair(name, problem, BATCH, PEERS, goal)
+    for ways in (5, 20):
+        for steps in (5, 20):
+            name = f"rematerialised / plain task_batch_loss, {ways}-way, K = {steps}"
+            question = replace(PROBLEMS[f"Conv4-64 {ways}-way"], steps=steps, tasks=4)
+            yield Pair(name, question, REMAT, [BATCH], 1.35)
     problem = PROBLEMS["Conv4-64 5-way"]
-    for steps in (5, 20):
-        name = f"rematerialised / plain task_batch_loss, K = {steps}"
-        yield Pair(name, replace(problem, steps=steps, tasks=4), REMAT, [BATCH], 1.35)
     for tasks, times in ((8, 8), (32, 20)) if device != "cpu" else ():
         name = f"task_batch_loss with MAML++ / higher's MAML, {tasks} tasks"
         yield Pair(name, replace(problem, tasks=tasks), BATCH, PEERS[:1], 1 / times)

@@ -102,12 +102,7 @@ def batch_normalize_into(
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
     """Turns a vmapped dimension into more channels: each task normalises by itself anyway."""
-    if tensor is None:
-        return None
-    many = folded(tensor, dim, size, channel)
-    # One channel expanded to many stays a view of stride 0, and torch's CPU kernels read weights
-    # and statistics as if they were contiguous (2.13: wrong gradients in channels_last, no error).
-    return many if channel else many.contiguous()
+    return None if tensor is None else folded(tensor, dim, size, channel)
 
 
 def _unfold(tensor: Tensor | None, size: int, channel: int) -> Tensor | None:

@@ -66,9 +66,12 @@ def folded(tensor: Tensor, dim: int | None, size: int, channel: int) -> Tensor:
     For a Function whose channels (or groups of them) do not see each other.
     """
     if dim is None:
-        tensor = tensor.unsqueeze(channel)
-        tensor = tensor.expand(*tensor.shape[:channel], size, *tensor.shape[channel + 1 :])
-    else:
+        # A copy: one channel expanded to many would be a view of stride 0, and torch's CPU kernels
+        # read weights and statistics as if they were contiguous (2.13: wrong gradients, no error).
+        repeats = [1] * tensor.dim()
+        repeats[channel] = size
+        return tensor.repeat(repeats)
+    if dim != channel:
         tensor = tensor.movedim(dim, channel)
     return tensor.flatten(channel, channel + 1)
 
