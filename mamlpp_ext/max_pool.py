@@ -3,6 +3,9 @@
 torch's CPU kernel for the default layout looks at one value at a time (2.13: 740 us for
 [5, 64, 28, 28], an eighth of a first-order MAML iteration), the one for channels_last at a whole
 vector: changing the layout there and back is half as long.
+
+Derivatives need to know where the greatest values were. torch's also keep the feature map, make
+zeros as its share of the second derivative, and gather in the default layout.
 """
 
 from __future__ import annotations
@@ -82,6 +85,12 @@ def _in_pieces(x: Tensor, how: Any) -> Any:
     return tuple(outputs)
 
 
+def _backward(g: Tensor, places: Tensor, shape: tuple[int, ...], how: Any) -> Tensor:
+    layout = torch.channels_last if _ready(places) else torch.contiguous_format
+    x = torch.empty(shape, dtype=g.dtype, memory_format=layout)  # its values are not read
+    return torch.ops.aten.max_pool2d_with_indices_backward(g, x, *how, places)  # type: ignore[no-any-return]
+
+
 class _MaxPool2d(QuickFunction):
     """The pooled images and where in its image each value was."""
 
@@ -92,21 +101,20 @@ class _MaxPool2d(QuickFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, ctx.how = inputs
+        ctx.shape = x.shape
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, output[1])
+        ctx.save_for_backward(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
-        # torch's own, which has further derivatives.
-        x, places = ctx.saved_tensors
         if g is None:
             return None, None
-        if transforms_active():
-            # torch's double backward (2.13) asks for the layout of the places, which vmap refuses.
-            places = places.contiguous()
-        backward = torch.ops.aten.max_pool2d_with_indices_backward
-        return backward(g, x.detach(), *ctx.how, places), None
+        # Forward mode has torch's own formula; without further derivatives ours would be in vain.
+        further = torch.is_grad_enabled() or transforms_active()
+        ours = further and not forward_mode_active()
+        function: Any = _MaxPool2dBackward.apply if ours else _backward
+        return function(g, *ctx.saved_tensors, ctx.shape, ctx.how), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, how: Any) -> Any:
@@ -117,3 +125,31 @@ class _MaxPool2d(QuickFunction):
         # Left in the layout of convolutions and norms under vmap, tasks between images and
         # channels: a copy here and another in the next convolution would cost what was saved.
         return tuple(t.unflatten(1, (size, -1)) for t in function(many, how)), (1, 1)
+
+
+class _MaxPool2dBackward(QuickFunction):
+    """The backward of :class:`_MaxPool2d`: zeros, and ``g`` where the greatest values were."""
+
+    @staticmethod
+    def forward(g: Tensor, places: Tensor, shape: tuple[int, ...], how: Any) -> Tensor:
+        return _backward(g, places, shape, how)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Any:
+        # Linear in g. Channels last, and differentiable.
+        (places,) = ctx.saved_tensors
+        values, at = (t.movedim(1, 3).flatten(1, 2) for t in (u, places))
+        to_g = values.gather(1, at).unflatten(1, places.shape[2:]).movedim(3, 1)
+        return to_g, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, g: Tensor, places: Tensor, shape: Any, how: Any) -> Any:
+        size = info.batch_size
+        many, at = folded(g, in_dims[0], size, 1), folded(places, in_dims[1], size, 1)
+        shape = (shape[0], shape[1] * size, *shape[2:])
+        apply: Any = _MaxPool2dBackward.apply
+        return apply(many, at, shape, how).unflatten(1, (size, -1)), 1

@@ -6,6 +6,7 @@ import copy
 import importlib
 import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -141,7 +142,8 @@ def test_pooling_and_its_derivatives_are_torchs(how, layout) -> None:
         pooled = F.max_pool2d(x.requires_grad_(), **how)
         if layout is torch.contiguous_format:  # in the other torch's own is quick
             assert "_MaxPool2d" in type(pooled.grad_fn).__name__
-        assert gradcheck(lambda t: F.max_pool2d(t, **how), [x + torch.rand_like(x)])
+        for check in (gradcheck, gradgradcheck):
+            assert check(lambda t: F.max_pool2d(t, **how), [x + torch.rand_like(x)])
     assert pooled.is_contiguous(memory_format=layout)
     assert torch.equal(pooled, F.max_pool2d(x, **how))
     for ours, torchs in zip(found, expected, strict=True):
@@ -306,16 +308,17 @@ def test_forward_mode_of_values_and_gradients() -> None:
 
 
 @FORWARD_MODE
-def test_forward_mode_through_a_graph_built_before() -> None:
+@pytest.mark.parametrize("kernel", ["convolution", "pooling"])
+def test_forward_mode_through_a_graph_built_before(kernel) -> None:
     x, w = (t.requires_grad_() for t in _tensors((2, 2, 5, 5), (3, 2, 3, 3)))
 
     def tangent(quick: bool) -> Tensor:
-        with FastKernels(quick):
-            y = F.conv2d(x, w)
+        with FastKernels(quick) if quick else nullcontext():
+            y = F.conv2d(x, w) if kernel == "convolution" else F.max_pool2d(x, 2)
         with torch.autograd.forward_ad.dual_level():
             g = torch.autograd.forward_ad.make_dual(torch.ones_like(y), y.detach())
-            (dw,) = torch.autograd.grad(y, w, g)
-            return torch.autograd.forward_ad.unpack_dual(dw).tangent
+            (dx,) = torch.autograd.grad(y, x, g)
+            return torch.autograd.forward_ad.unpack_dual(dx).tangent
 
     torch.testing.assert_close(tangent(True), tangent(False))
 
