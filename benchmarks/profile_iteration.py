@@ -15,6 +15,7 @@ from dataclasses import replace
 from torch.profiler import ProfilerActivity, profile
 
 from mamlpp_ext.benchmark.loops import MetaIteration
+from mamlpp_ext.benchmark.measure import keep_memory
 from problems import PROBLEMS
 
 # The first kind that has a part of an operation's name; all others are the last kind.
@@ -27,7 +28,7 @@ KINDS = {
 }
 CONTENDERS = [
     (learner, loop) for loop in ("higher", "torchopt") for learner in ("MAML", "MAML++")
-] + [("MAML++", "task_batch_loss")]
+] + [("MAML++", "task_batch_loss"), ("MAML++", "rematerialised")]
 
 
 def shares(iteration: MetaIteration, repeats: int) -> dict[str, float]:
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--ways", type=int, choices=(5, 20), default=5, help="of the tasks (%(default)s)")
     add("--first-order", action="store_true", help="no derivatives of the inner gradients")
     add("--channels-last", action="store_true", help="the layout of model and images")
+    add("--steps", type=int, default=5, help="inner steps (%(default)s)")
     add("--tasks", type=int, default=8, help="of an iteration (%(default)s)")
     add("--threads", type=int, default=2, help="of torch (%(default)s)")
     add("--repeats", type=int, default=5, help="iterations of each (%(default)s)")
@@ -63,10 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
         PROBLEMS[f"Conv4-64 {flags.ways}-way"],
         second_order=not flags.first_order,
         channels_last=flags.channels_last,
+        steps=flags.steps,
         tasks=flags.tasks,
         threads=flags.threads,
     )
     prepared = question.prepare()
+    keep_memory()
     print("| ms a task | " + " | ".join((*KINDS, "Python", "all")) + " |")
     print("|---" * (len(KINDS) + 3) + "|")
     for contender in CONTENDERS:

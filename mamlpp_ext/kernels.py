@@ -26,7 +26,7 @@ _ACTIVATIONS = (torch.relu, Tensor.relu, F.relu, F.leaky_relu)
 def _replacements(second_order: bool) -> dict[Any, Callable[..., Any]]:
     convolutions = enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1)
     return {
-        **{f: partial(max_pool2d, f) for f in _POOLING},
+        **{f: partial(max_pool2d, f, second_order) for f in _POOLING},
         **{f: partial(convolution, f, count, second_order) for count, f in convolutions},
         **{f: partial(view, f) for f in (Tensor.view, Tensor.view_as)},
     }

@@ -30,6 +30,7 @@ _Sides = int | Sequence[int]
 
 def max_pool2d(
     function: Any,
+    second_order: bool,
     input: Tensor,
     kernel_size: _Sides,
     stride: _Sides | None = None,
@@ -39,6 +40,8 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Any:
     """Does what ``function`` does, ``torch.max_pool2d`` or the one of ``torch.nn.functional``.
+
+    ``second_order`` says whether gradients of gradients will be asked for, a matter of speed alone.
 
     Whatever the quicker kernel is not for is left to ``function`` itself.
     """
@@ -50,7 +53,7 @@ def max_pool2d(
         or not input.is_cpu
         or not input.is_floating_point()
         or input.dim() != 4
-        or not (transforms_active() or (input.numel() >= _WORTH_A_FUNCTION and not _ready(input)))
+        or not (transforms_active() or _worth_it(input, second_order))
         or forward_mode_active()
     ):
         further = {"return_indices": True} if return_indices else {}
@@ -61,8 +64,13 @@ def max_pool2d(
     return apply(input, (*lists, ceil_mode))[0]
 
 
+def _worth_it(x: Tensor, second_order: bool) -> bool:
+    differently = (second_order and x.requires_grad) or not _ready(x)
+    return x.numel() >= _WORTH_A_FUNCTION and differently
+
+
 def _ready(x: Tensor) -> bool:
-    """Returns whether torch's own function takes the quick kernel."""
+    """Returns whether torch's own function takes the quick kernel for ``x``."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -207,7 +207,7 @@ def test_our_side_of_the_reference() -> None:
 def test_the_profile_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     profile_iteration.main(["--tasks=1", "--threads=1", "--repeats=1", "--first-order"])
     _, _, *rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         convolutions, *others, everything = map(float, row.split("|")[2:-1])
         assert convolutions > 0

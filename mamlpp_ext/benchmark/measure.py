@@ -60,7 +60,7 @@ def alternate(
     Returns:
         The seconds that each took in each round.
     """
-    _keep_memory()
+    keep_memory()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
@@ -71,7 +71,7 @@ def alternate(
     return seconds
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Tells the allocator to keep what is freed, as ``docs/recipes.md`` advises.
 
     glibc gives the memory of an iteration back to the system, more or less of it as whatever ran
