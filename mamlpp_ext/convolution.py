@@ -119,10 +119,13 @@ def _quickest(x: Tensor, w: Tensor, how: Geometry) -> Any:
 
 def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]) -> Any:
     stride, padding, dilation, groups, _ = how
-    none, biases = [0] * len(stride), [w.shape[0]]
-    return torch.ops.aten.convolution_backward(
-        g, x, w, biases, stride, padding, dilation, False, none, groups, wanted
+    none, (to_x, to_w, to_b) = [0] * len(stride), wanted
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        g, x, w, None, stride, padding, dilation, False, none, groups, (to_x, to_w, False)
     )
+    # Beside the others it takes up to half of their time (torch 2.13), by itself a third of that.
+    db = g.sum([0, *range(2, g.dim())]) if to_b else None
+    return dx, dw, db
 
 
 class _Convolution(QuickFunction):
