@@ -154,7 +154,8 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
     - convolutions of images return channels_last, in which batch norm and pooling are fastest;
     - convolutions have a double backward made of the kernels of training, and under ``vmap`` add
       their bias themselves;
-    - max pooling takes torch's kernel for channels_last, and comes before a ReLU.
+    - max pooling takes torch's kernel for channels_last, comes before a ReLU, and has derivatives
+      that keep no feature map.
 
     A forward may look at a feature map by ``view`` all the same, and images are returned in the
     layout that they would have without. Gradients of a convolution's weight may be channels_last:
