@@ -45,7 +45,7 @@ from mamlpp_ext.batch_norm_kernels import (
     slow_in_torch,
     sums_and_backward,
 )
-from mamlpp_ext.quick_function import QuickFunction, folded, forward_mode_active, primals
+from mamlpp_ext.quick_function import QuickFunction, all_folded, forward_mode_active, primals, save
 
 
 def batch_normalize(
@@ -100,11 +100,6 @@ def batch_normalize_into(
     return apply(x, weight, bias, eps, running)[0]  # type: ignore[no-any-return]
 
 
-def _fold(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
-    """Turns a vmapped dimension into more channels: each task normalises by itself anyway."""
-    return None if tensor is None else folded(tensor, dim, size, channel)
-
-
 def _unfold(tensor: Tensor | None, size: int, channel: int) -> Tensor | None:
     return None if tensor is None else torch.unflatten(tensor, channel, (size, -1))
 
@@ -131,9 +126,7 @@ class _BatchNorm(QuickFunction):
         ctx.has_bias = bias is not None
         _, mean, rstd, var = output
         ctx.mark_non_differentiable(mean, rstd, var)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        if forward_mode_active():
-            ctx.save_for_forward(x, weight, mean, rstd)
+        save(ctx, x, weight, mean, rstd)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -162,12 +155,10 @@ class _BatchNorm(QuickFunction):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Any, bias: Any, eps: float, _: Any) -> Any:
         size = info.batch_size
-        x = _fold(x, in_dims[0], size, 1)  # type: ignore[assignment]
-        weight, bias = (
-            _fold(t, dim, size, 0) for t, dim in zip((weight, bias), in_dims[1:3], strict=True)
-        )
+        # Each task normalises by itself anyway.
+        many = all_folded((x, weight, bias), in_dims, size, (1, 0, 0))
         apply: Any = _BatchNorm.apply
-        y, *statistics = apply(x, weight, bias, eps, None)
+        y, *statistics = apply(*many, eps, None)
         return (_unfold(y, size, 1), *(_unfold(t, size, 0) for t in statistics)), (1, 0, 0, 0)
 
 
@@ -184,9 +175,7 @@ class _BatchNormBackward(QuickFunction):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         g, x, weight, mean, rstd, ctx.eps = inputs
         _, dw, db = output
-        ctx.save_for_backward(g, x, weight, mean, rstd, dw, db)
-        if forward_mode_active():
-            ctx.save_for_forward(g, x, weight, mean, rstd, dw, db)
+        save(ctx, g, x, weight, mean, rstd, dw, db)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -215,10 +204,7 @@ class _BatchNormBackward(QuickFunction):
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         *tensors, eps = inputs
         size = info.batch_size
-        many = (
-            _fold(t, dim, size, channel)
-            for t, dim, channel in zip(tensors, in_dims[:5], (1, 1, 0, 0, 0), strict=True)
-        )
+        many = all_folded(tensors, in_dims, size, (1, 1, 0, 0, 0))
         apply: Any = _BatchNormBackward.apply
         dx, dw, db = apply(*many, eps)
         return (_unfold(dx, size, 1), _unfold(dw, size, 0), _unfold(db, size, 0)), (1, 0, 0)

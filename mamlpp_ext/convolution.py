@@ -24,8 +24,9 @@ from torch import Tensor
 from mamlpp_ext.layout import channels_last
 from mamlpp_ext.quick_function import (
     QuickFunction,
-    folded,
+    all_folded,
     forward_mode_active,
+    is_for_cpu_kernels,
     transforms_active,
 )
 
@@ -65,7 +66,8 @@ def convolution(
     Whatever the closed form is not for, or not known to pay, is left to ``function`` itself.
     """
     if (
-        not (_is_ours(input) and _is_ours(weight) and (bias is None or _is_ours(bias)))
+        not (is_for_cpu_kernels(input) and is_for_cpu_kernels(weight))
+        or not (bias is None or is_for_cpu_kernels(bias))
         or not input.dim() == weight.dim() == count + 2
         or torch.is_autocast_enabled("cpu")
         or forward_mode_active()
@@ -86,10 +88,6 @@ def convolution(
     geometry = Geometry(strides, paddings, dilations, groups, second_order)
     apply: Any = _Convolution.apply
     return apply(x, weight, bias, geometry)  # type: ignore[no-any-return]
-
-
-def _is_ours(t: Any) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.is_floating_point()
 
 
 def _is_learned(*tensors: Tensor | None) -> bool:
@@ -157,8 +155,7 @@ class _Convolution(QuickFunction):
         if in_dims[1] is None and in_dims[2] is None:  # one weight for all: more images
             many = x.movedim(in_dims[0], 0).flatten(0, 1)
             return _quickest(many, w, how)(many, w, b, how).unflatten(0, (size, -1)), 0
-        many, weights = folded(x, in_dims[0], size, 1), folded(w, in_dims[1], size, 0)
-        biases = None if b is None else folded(b, in_dims[2], size, 0)
+        many, weights, biases = all_folded((x, w, b), in_dims, size, (1, 0, 0))
         if many.dim() == 4 and not transforms_active():
             many = channels_last(many)
         how = how._replace(groups=how.groups * size)
@@ -206,10 +203,9 @@ class _ConvolutionBackward(QuickFunction):
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         g, x, w, how, wanted = inputs
         size = info.batch_size
-        tensors = zip((g, x, w), in_dims[:3], (1, 1, 0), strict=True)
         apply: Any = _ConvolutionBackward.apply
         grads = apply(
-            *(folded(tensor, dim, size, channel) for tensor, dim, channel in tensors),
+            *all_folded((g, x, w), in_dims, size, (1, 1, 0)),
             how._replace(groups=how.groups * size),
             wanted,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamlpp_ext.quick_function import QuickFunction, forward_mode_active, transforms_active
+from mamlpp_ext.quick_function import QuickFunction, save, transforms_active
 
 
 def descend(params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor) -> tuple[Tensor, ...]:
@@ -53,9 +53,7 @@ class _Descend(QuickFunction):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         rates, *tensors = inputs
         grads = tensors[len(rates) :]
-        ctx.save_for_backward(rates, *grads)
-        if forward_mode_active():
-            ctx.save_for_forward(rates, *grads)
+        save(ctx, rates, *grads)
         ctx.set_materialize_grads(False)
 
     @staticmethod

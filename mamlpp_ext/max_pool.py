@@ -18,8 +18,10 @@ from torch import Tensor
 
 from mamlpp_ext.quick_function import (
     QuickFunction,
+    all_folded,
     folded,
     forward_mode_active,
+    is_for_cpu_kernels,
     transforms_active,
 )
 
@@ -49,9 +51,7 @@ def max_pool2d(
     if (
         return_indices
         or not all(type(side) is int or isinstance(side, (tuple, list)) for side in sides)
-        or type(input) not in (Tensor, torch.nn.Parameter)
-        or not input.is_cpu
-        or not input.is_floating_point()
+        or not is_for_cpu_kernels(input)
         or input.dim() != 4
         or not (transforms_active() or _worth_it(input, second_order))
         or forward_mode_active()
@@ -157,7 +157,7 @@ class _MaxPool2dBackward(QuickFunction):
     @staticmethod
     def vmap(info: Any, in_dims: Any, g: Tensor, places: Tensor, shape: Any, how: Any) -> Any:
         size = info.batch_size
-        many, at = folded(g, in_dims[0], size, 1), folded(places, in_dims[1], size, 1)
+        many, at = all_folded((g, places), in_dims, size, (1, 1))
         shape = (shape[0], shape[1] * size, *shape[2:])
         apply: Any = _MaxPool2dBackward.apply
         return apply(many, at, shape, how).unflatten(1, (size, -1)), 1

@@ -1,4 +1,4 @@
-"""``torch.autograd.Function`` at less cost for each call."""
+"""``torch.autograd.Function`` at less cost for each call, and what several of them share."""
 
 from __future__ import annotations
 
@@ -60,11 +60,13 @@ def _by_its_rule(function: Any, interpreter: Any, args: tuple[Any, ...]) -> Any:
     return tuple(None if t is None else _wrap(t, place, level) for t, place in each)
 
 
-def folded(tensor: Tensor, dim: int | None, size: int, channel: int) -> Tensor:
-    """Turns a vmapped dimension, or none, into ``size`` times as many channels.
+def folded(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> Any:
+    """Turns a vmapped dimension, or none, into ``size`` times as many channels; None stays None.
 
     For a Function whose channels (or groups of them) do not see each other.
     """
+    if tensor is None:
+        return None
     if dim is None:
         # A copy: one channel expanded to many would be a view of stride 0, and torch's CPU kernels
         # read weights and statistics as if they were contiguous (2.13: wrong gradients, no error).
@@ -76,9 +78,29 @@ def folded(tensor: Tensor, dim: int | None, size: int, channel: int) -> Tensor:
     return tensor.flatten(channel, channel + 1)
 
 
+def all_folded(
+    tensors: Sequence[Tensor | None], in_dims: Sequence[Any], size: int, channels: Sequence[int]
+) -> list[Any]:
+    """Folds a vmap rule's first arguments, whose channels are in the dimensions ``channels``."""
+    triples = zip(tensors, in_dims[: len(tensors)], channels, strict=True)
+    return [folded(tensor, dim, size, channel) for tensor, dim, channel in triples]
+
+
+def is_for_cpu_kernels(x: Any) -> bool:
+    """Returns whether ``x`` is a floating-point tensor on the CPU, and of no class of its own."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.is_floating_point()
+
+
 def forward_mode_active() -> bool:
     """Returns whether tensors may carry tangents, by ``jvp`` or dual numbers."""
     return forward_ad._current_level >= 0
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves ``tensors`` for the backward and, where one may be called, for the ``jvp``."""
+    ctx.save_for_backward(*tensors)
+    if forward_mode_active():
+        ctx.save_for_forward(*tensors)
 
 
 @contextmanager

@@ -61,8 +61,10 @@ class TaskLoop:
         else:
             if worth_it(data[0]):
                 # Once, instead of every task's own in every convolution.
-                images = (name for name, p in adapted.items() if p.dim() == 4 and p.is_cpu)
-                adapted.update((name, channels_last(adapted[name])) for name in list(images))
+                adapted = {
+                    name: channels_last(p) if p.dim() == 4 and p.is_cpu else p
+                    for name, p in adapted.items()
+                }
             adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
         losses, tape = [], Tape()
         weights = sum(tensor.numel() for tensor in adapted.values())

@@ -311,15 +311,15 @@ def test_forward_mode_of_values_and_gradients() -> None:
 def test_forward_mode_through_a_graph_built_before(kernel) -> None:
     x, w = (t.requires_grad_() for t in _tensors((2, 2, 5, 5), (3, 2, 3, 3)))
 
-    def tangent(quick: bool) -> Tensor:
+    def tangents(quick: bool) -> list[Tensor]:
         with FastKernels(quick) if quick else nullcontext():
             y = F.conv2d(x, w) if kernel == "convolution" else F.max_pool2d(x, 2)
         with torch.autograd.forward_ad.dual_level():
             g = torch.autograd.forward_ad.make_dual(torch.ones_like(y), y.detach())
-            (dx,) = torch.autograd.grad(y, x, g)
-            return torch.autograd.forward_ad.unpack_dual(dx).tangent
+            grads = torch.autograd.grad(y, [x, w] if kernel == "convolution" else [x], g)
+            return [torch.autograd.forward_ad.unpack_dual(dual).tangent for dual in grads]
 
-    torch.testing.assert_close(tangent(True), tangent(False))
+    torch.testing.assert_close(tangents(True), tangents(False))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,8 @@ def test_what_it_is_not_for_is_left_to_torch(call) -> None:
     expected = call(x, w)
     with FastKernels(second_order=True):
         found = call(x, w)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    laid = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    assert any(torch.equal(found, torchs) for torchs in (expected, call(*laid)))
     assert type(found.grad_fn) is type(expected.grad_fn)
 
 
