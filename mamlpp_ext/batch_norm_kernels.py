@@ -45,6 +45,8 @@ def sums_and_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns w r P(g), sum(g xhat) and sum(g)."""
     every = [True, True, True]
+    if weight is None and not x.is_cpu:
+        weight = torch.ones_like(mean)
     return _backward(g, x, weight, None, None, mean, rstd, True, eps, every)  # type: ignore[no-any-return]
 
 
@@ -108,7 +110,8 @@ def _centred_sums(a: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Ten
     These are the weight and bias gradients of a batch norm.
     """
     sums = [False, True, True]
-    return _backward(a, b, None, None, None, mean, rstd, True, 0.0, sums)[1:]  # type: ignore[no-any-return]
+    # A weight makes no difference to the sums, but torch's CUDA kernel (2.11) cannot be without.
+    return _backward(a, b, rstd, None, None, mean, rstd, True, 0.0, sums)[1:]  # type: ignore[no-any-return]
 
 
 def double_backward(

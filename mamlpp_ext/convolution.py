@@ -66,16 +66,16 @@ def convolution(
     Whatever the closed form is not for, or not known to pay, is left to ``function`` itself.
     """
     if (
-        not (is_for_cpu_kernels(input) and is_for_cpu_kernels(weight))
-        or not (bias is None or is_for_cpu_kernels(bias))
+        not (is_for_kernels(input) and is_for_kernels(weight))
+        or not (bias is None or is_for_kernels(bias))
         or not input.dim() == weight.dim() == count + 2
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled(input.device.type)
         or forward_mode_active()
     ):
         return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
     within = transforms_active()
     x = input
-    if count == 2 and not within:
+    if count == 2 and not within and input.is_cpu:
         x = channels_last(input)
         # Once, where every derivative would copy them anew.
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -88,6 +88,13 @@ def convolution(
     geometry = Geometry(strides, paddings, dilations, groups, second_order)
     apply: Any = _Convolution.apply
     return apply(x, weight, bias, geometry)  # type: ignore[no-any-return]
+
+
+_DEVICES = ("cpu", "cuda")
+
+
+def is_for_kernels(x: Any) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type in _DEVICES and x.is_floating_point()
 
 
 def _is_learned(*tensors: Tensor | None) -> bool:
@@ -156,7 +163,7 @@ class _Convolution(QuickFunction):
             many = x.movedim(in_dims[0], 0).flatten(0, 1)
             return _quickest(many, w, how)(many, w, b, how).unflatten(0, (size, -1)), 0
         many, weights, biases = all_folded((x, w, b), in_dims, size, (1, 0, 0))
-        if many.dim() == 4 and not transforms_active():
+        if many.dim() == 4 and many.is_cpu and not transforms_active():
             many = channels_last(many)
         how = how._replace(groups=how.groups * size)
         y = _quickest(many, weights, how)(many, weights, biases, how)

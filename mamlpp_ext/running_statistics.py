@@ -95,13 +95,12 @@ class RunningStatistics(nn.Module):
         n = means.shape[0]
         if self.momentum is None:
             total = n + int(self.num_batches_tracked[row])  # type: ignore[index]
-            keep, shares = 1 - n / total, [1 / total] * n
+            keep, share = 1 - n / total, means.new_full((n,), 1 / total)
         else:
-            keep = (1 - self.momentum) ** n
-            shares = [self.momentum * (1 - self.momentum) ** age for age in range(n)][::-1]
+            # Made where it is used: a list from the host would wait for the GPU.
+            ages = torch.arange(n - 1, -1, -1, dtype=means.dtype, device=means.device)
+            keep, share = (1 - self.momentum) ** n, self.momentum * (1 - self.momentum) ** ages
         for table, batches in ((self.running_mean, means), (self.running_var, variances)):
             now = table[row]  # type: ignore[index]
-            batches = batches.to(now)
-            share = torch.tensor(shares, dtype=batches.dtype, device=batches.device)
-            now.copy_(torch.addmv(now, batches.T, share, beta=keep))
+            now.copy_(torch.addmv(now, batches.to(now).T, share.to(now), beta=keep))
         self.num_batches_tracked[row].add_(n)  # type: ignore[index]
