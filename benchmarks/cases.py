@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mamlpp_ext.benchmark.loops import BATCHED, LEARNERS, LOOPS, MetaIteration, batch_loss
+from mamlpp_ext.benchmark.loops import LEARNERS, MetaIteration, available_loops
 from problems import PROBLEMS
 
 # Rematerialisation is asked about in compare.py.
@@ -17,7 +17,7 @@ CASES = [
     pytest.param(problem, order, learner, loop, id=f"{problem}-{order}-{learner}-{loop}")
     for problem in PROBLEMS
     for order in ("second", "first")
-    for loop in LOOPS
+    for loop in available_loops()
     if loop != "rematerialised"
     for learner in LEARNERS
 ]
@@ -34,9 +34,9 @@ def iteration(problem: str, order: str, learner: str, loop: str, **changes: Any)
 
 def adaptation(one: MetaIteration) -> Callable[[], torch.Tensor]:
     """Returns what adapts to the first task and computes its target loss, and stops there."""
-    if one.loop in BATCHED:
-        return lambda: batch_loss(one.loop, one.learner, one.batch)
-    assert one.task_loss is not None
+    if one.meta_loss is not None:
+        meta_loss, order = one.meta_loss, one.learner.second_order
+        return lambda: meta_loss(*one.batch, second_order=order).loss
     task_loss, task = one.task_loss, [part[0] for part in one.batch]
     return lambda: task_loss(*task).loss
 

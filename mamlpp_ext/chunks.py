@@ -24,8 +24,15 @@ def added_up(losses: Iterable[Tensor], tensors: Sequence[Tensor]) -> Tensor:
             found = torch.autograd.grad(loss, tensors, allow_unused=True)
             grads = [_sum(pair) for pair in zip(grads, found, strict=True)]
         total = total + loss.detach()
+    return with_gradients(total, grads, tensors)
+
+
+def with_gradients(
+    loss: Tensor, grads: Sequence[Tensor | None], tensors: Sequence[Tensor]
+) -> Tensor:
+    """Returns ``loss``, without a graph, as one whose gradients to ``tensors`` are ``grads``."""
     apply: Any = _WithGradients.apply
-    return apply(total, grads, *tensors)  # type: ignore[no-any-return]
+    return apply(loss, grads, *tensors)  # type: ignore[no-any-return]
 
 
 def _sum(pair: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
@@ -35,7 +42,9 @@ def _sum(pair: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
 
 class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, grads: list[Tensor | None], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, grads: Sequence[Tensor | None], *tensors: Tensor
+    ) -> Tensor:
         ctx.grads = grads
         return value.clone()
 

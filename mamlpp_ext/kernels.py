@@ -41,9 +41,15 @@ _WORTH_A_MODE = 2_500
 _WORTH_COMMUTING = 1_500_000
 
 
-def worth_it(*inputs: Any) -> bool:
-    """Returns whether a model called with ``inputs`` gains by :class:`FastKernels`."""
-    values = sum(x.numel() for x in inputs if isinstance(x, Tensor))
+def worth_it(*inputs: Any, within: bool | None = None) -> bool:
+    """Returns whether a model called with ``inputs`` gains by :class:`FastKernels`.
+
+    ``within`` says whether that is within a torch.func transform, without which a GPU has no use
+    for them; None: as it is now.
+    """
+    within = transforms_active() if within is None else within
+    there = [x for x in inputs if isinstance(x, Tensor) and (x.is_cpu or (within and x.is_cuda))]
+    values = sum(x.numel() for x in there)
     return values >= _WORTH_A_MODE and not torch.compiler.is_compiling()
 
 
@@ -162,8 +168,8 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
     flatten them by ``reshape``.
 
     :func:`task_batch_loss` and the adapters' ``innerloop_ctx`` do this by themselves; a loop in
-    plain ``torch.func`` gains by it. Small inputs, other devices, autocast and code that
-    ``torch.compile`` traces are left to torch's own functions.
+    plain ``torch.func`` gains by it. Small inputs, autocast, code that ``torch.compile`` traces and
+    other devices (but for convolutions under ``vmap`` on a GPU) are left to torch's own functions.
 
     Args:
         module: the model, to which it adds hooks for the time of the block.

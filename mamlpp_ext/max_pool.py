@@ -21,7 +21,7 @@ from mamlpp_ext.quick_function import (
     all_folded,
     folded,
     forward_mode_active,
-    is_for_cpu_kernels,
+    is_for_kernels,
     transforms_active,
 )
 
@@ -51,7 +51,7 @@ def max_pool2d(
     if (
         return_indices
         or not all(type(side) is int or isinstance(side, (tuple, list)) for side in sides)
-        or not is_for_cpu_kernels(input)
+        or not is_for_kernels(input, "cpu")
         or input.dim() != 4
         or not (transforms_active() or _worth_it(input, second_order))
         or forward_mode_active()

@@ -86,9 +86,10 @@ def all_folded(
     return [folded(tensor, dim, size, channel) for tensor, dim, channel in triples]
 
 
-def is_for_cpu_kernels(x: Any) -> bool:
-    """Returns whether ``x`` is a floating-point tensor on the CPU, and of no class of its own."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.is_floating_point()
+def is_for_kernels(x: Any, *devices: str) -> bool:
+    """Returns whether ``x`` is floating-point, on one of ``devices``, and of no other class."""
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    return plain and x.device.type in devices and x.is_floating_point()
 
 
 def forward_mode_active() -> bool:

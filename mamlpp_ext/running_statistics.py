@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -92,15 +94,16 @@ class RunningStatistics(nn.Module):
             means: batch means, [n, C].
             variances: unbiased batch variances, [n, C].
         """
-        n = means.shape[0]
+        n, dtype = means.shape[0], torch.promote_types(means.dtype, torch.float32)
+        keep: Any
+        # Made where they are used: what comes from or goes to the host would wait for a GPU.
         if self.momentum is None:
-            total = n + int(self.num_batches_tracked[row])  # type: ignore[index]
-            keep, share = 1 - n / total, means.new_full((n,), 1 / total)
+            seen = self.num_batches_tracked[row].to(dtype)  # type: ignore[index]
+            keep, share = seen / (seen + n), (1 / (seen + n)).expand(n)
         else:
-            # Made where it is used: a list from the host would wait for the GPU.
-            ages = torch.arange(n - 1, -1, -1, dtype=means.dtype, device=means.device)
+            ages = torch.arange(n - 1, -1, -1, dtype=dtype, device=means.device)
             keep, share = (1 - self.momentum) ** n, self.momentum * (1 - self.momentum) ** ages
         for table, batches in ((self.running_mean, means), (self.running_var, variances)):
             now = table[row]  # type: ignore[index]
-            now.copy_(torch.addmv(now, batches.to(now).T, share.to(now), beta=keep))
+            now.copy_(torch.addmv(now * keep, batches.to(now).T, share.to(now)))
         self.num_batches_tracked[row].add_(n)  # type: ignore[index]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Aggregate = Callable[[Tensor], Tensor]
+# Support inputs and labels, target inputs and labels, each [T, examples, ...].
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class TaskBatchResult(NamedTuple):
@@ -40,7 +42,7 @@ class TaskBatchResult(NamedTuple):
 def task_batch_loss(
     model: nn.Module,
     lslr: LSLR,
-    batch: tuple[Tensor, Tensor, Tensor, Tensor],
+    batch: Batch,
     loss_fn: Loss,
     *,
     num_steps: int,
@@ -104,7 +106,7 @@ def task_batch_loss(
         Antoniou et al., "How to train your MAML", ICLR 2019, section 4; the loop is that of MAML.
     """
     num_steps = checked_count("num_steps", num_steps)
-    tasks = _check_batch(batch)
+    tasks = check_batch(batch)
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
     _check_layers(model)
     counted = _counted_steps(aggregate, num_steps)
@@ -162,7 +164,8 @@ def _counted_steps(aggregate: Aggregate | None, num_steps: int) -> list[bool]:
     return [not final_only or step == num_steps - 1 for step in range(num_steps)]
 
 
-def _check_batch(batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> int:
+def check_batch(batch: Batch) -> int:
+    """Returns T, the number of tasks, if the parts agree."""
     names = ("x_support", "y_support", "x_target", "y_target")
     if len(batch) != len(names) or not all(isinstance(t, Tensor) and t.dim() > 1 for t in batch):
         got = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in batch]

@@ -59,7 +59,7 @@ class TaskLoop:
         if single:
             data = tuple(tensor[0] for tensor in data)
         else:
-            if worth_it(data[0]):
+            if worth_it(data[0], within=True):
                 # Once, instead of every task's own in every convolution.
                 adapted = {
                     name: channels_last(p) if p.dim() == 4 and p.is_cpu else p
@@ -99,7 +99,7 @@ class _Step:
     ) -> None:
         self.inner, self.step, self.counts, self.data = inner, step, counts, data
         self.single, self.again = single, False
-        self.quick = worth_it(data[0])
+        self.quick = worth_it(data[0], within=not single)
         self.mode = self._mode()
         self.places: list[tuple[nn.Module, int]] = []
 

@@ -16,7 +16,15 @@ from torch import nn
 
 from mamlpp_ext.benchmark import __main__ as command
 from mamlpp_ext.benchmark import loops, measure
-from mamlpp_ext.benchmark.loops import BATCHED, LEARNERS, LOOPS, MetaIteration, make_learner
+from mamlpp_ext.benchmark.loops import (
+    BATCHED,
+    GRAPH,
+    LEARNERS,
+    LOOPS,
+    MetaIteration,
+    available_loops,
+    make_learner,
+)
 from mamlpp_ext.benchmark.question import Question, memory_and_time
 
 MODELS = """
@@ -90,7 +98,7 @@ def gradient_of(loop: str, learner: str, second_order: bool) -> tuple[torch.Tens
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_loop_computes_the_same(learner: str, second_order: bool) -> None:
     expected = gradient_of("bare torch", learner, second_order)
-    for loop in LOOPS:
+    for loop in available_loops():
         loss, grads, means = gradient_of(loop, learner, second_order)
         torch.testing.assert_close((loss, grads), expected[:2], rtol=1e-9, atol=1e-12)
         if (loop, learner) == ("higher", "MAML"):  # higher loses the statistics
@@ -101,26 +109,21 @@ def test_every_loop_computes_the_same(learner: str, second_order: bool) -> None:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", available_loops())
 def test_the_orders_differ(loop: str, learner: str) -> None:
     first, second = (gradient_of(loop, learner, order)[1] for order in (False, True))
     assert (first - second).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(("loop", "rematerialized"), BATCHED.items())
-def test_memory_options_arrive(
-    loop: str, rematerialized: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither changes what is computed."""
-    seen: dict[str, Any] = {}
-    real = loops.task_batch_loss
-    monkeypatch.setattr(
-        loops, "task_batch_loss", lambda *args, **flags: seen.update(flags) or real(*args, **flags)
-    )
-    batch = torch.randn(3, 2, 4), torch.arange(2).expand(3, -1)
+@pytest.mark.parametrize(("loop", "settings"), BATCHED.items())
+def test_settings_arrive(loop: str, settings: dict[str, bool]) -> None:
+    """None of them changes what is computed."""
     learner = make_learner(nn.Linear(4, 2), "MAML++", loop, steps=1, chunk_size=2)
-    MetaIteration(loop, learner, batch * 2)()
-    assert (seen["rematerialize"], seen["chunk_size"]) == (rematerialized, 2)
+    batch = torch.randn(3, 2, 4), torch.arange(2).expand(3, -1)
+    module = MetaIteration(loop, learner, batch * 2).meta_loss
+    assert module is not None
+    named = {"rematerialize": False, "cuda_graph": False, **settings, "chunk_size": 2}
+    assert {name: getattr(module, name) for name in named} == named
 
 
 @pytest.mark.usefixtures("float64")
@@ -185,7 +188,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["bench_models:conv", "--shape=1,8,8", "--json", *FLAGS]) == 0
     found = json.loads(capsys.readouterr().out)
     measured = {(r["learner"], r["loop"]): r for r in found["results"]}
-    assert set(measured) == {(learner, loop) for learner in LEARNERS for loop in LOOPS}
+    assert set(measured) == {(learner, loop) for learner in LEARNERS for loop in available_loops()}
     for result in measured.values():
         assert len(result["seconds"]) == 1
         assert result["seconds"][0] > 0
@@ -204,7 +207,7 @@ def test_a_loop_that_refuses_the_model(capsys: pytest.CaptureFixture[str]) -> No
     assert set(rows) == {f"| {name}" for name in ("loop", "bare torch", "higher", "torchopt")}
     assert rows["| higher"][5] == "2 (3)"
     for learner in LEARNERS:
-        for loop in BATCHED:
+        for loop in ("task_batch_loss", "rematerialised"):
             (line,) = [ln for ln in lines if ln.startswith(f"{learner} in {loop} was refused")]
             assert "layer '2' (InstanceNorm1d) keeps running statistics, which vmap" in line
 
@@ -235,10 +238,16 @@ def test_table_divides_as_it_says() -> None:
 
 
 def test_only_installed_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loops.available_loops() == list(LOOPS)
+    assert loops.available_loops("cuda:0") == list(LOOPS)
+    assert loops.available_loops() == [loop for loop in LOOPS if loop != GRAPH]
     real = importlib.util.find_spec
     monkeypatch.setattr(loops, "find_spec", lambda name: None if name == "higher" else real(name))
-    assert loops.available_loops() == ["bare torch", "torchopt", *BATCHED]
+    assert loops.available_loops() == [
+        "bare torch",
+        "torchopt",
+        "task_batch_loss",
+        "rematerialised",
+    ]
 
 
 @pytest.mark.usefixtures("models", "no_children")

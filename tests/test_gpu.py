@@ -71,7 +71,9 @@ def test_a_loop_computes_what_it_does_on_the_cpu(
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["default", "channels_last"])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
-def test_derivatives_of_batch_norm(check: Any, affine: bool, layout: Any, tasks: int | None) -> None:
+def test_derivatives_of_batch_norm(
+    check: Any, affine: bool, layout: Any, tasks: int | None
+) -> None:
     x = torch.randn(3, 2, 2, 2, device="cuda").contiguous(memory_format=layout)
     tables = torch.randn(2, 2, device="cuda").unbind() if affine else (None, None)
 
@@ -118,28 +120,116 @@ def test_random_layers_are_replayed(model: nn.Module, batch: Any) -> None:
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("second_order", [True, False], ids=["second", "first"])
-def test_in_a_graph(model: nn.Module, batch: Any, second_order: bool) -> None:
-    """As docs/recipes.md has it: replayed on other tasks, it computes what it computes without."""
-    net = mpp.convert_batchnorm(model, STEPS).cuda()
-    plain = mpp.TaskBatchLoss(
-        net, mpp.LSLR(net, STEPS), F.cross_entropy, num_steps=STEPS, aggregate=mpp.MultiStepLoss(3, 9)
-    )
-    first, second = ([t.cuda() for t in batch], [t.flip(0).cuda() for t in batch])
-    twin = copy.deepcopy(plain)
-    before = copy.deepcopy(plain.state_dict())
-    graphed: Any = torch.cuda.make_graphed_callables(plain, tuple(first))
-    graphed.load_state_dict(before)
-    for tasks in (first, second, first):
-        for module in (graphed, twin):
+class Case:
+    """A module that replays and its twin that computes, on the same tasks."""
+
+    def __init__(self, model: nn.Module, batch: Any, **settings: Any) -> None:
+        net = mpp.convert_batchnorm(model, STEPS).cuda()
+        settings = {"num_steps": STEPS, "aggregate": mpp.MultiStepLoss(STEPS, 2), **settings}
+        loss_fn = settings.pop("loss_fn", F.cross_entropy)
+        plain = mpp.TaskBatchLoss(net, mpp.LSLR(net, STEPS), loss_fn, **settings)
+        self.graphed, self.plain = copy.deepcopy(plain), plain
+        self.graphed.cuda_graph = True
+        self.batches = [tuple(t.roll(i, 0).cuda() for t in batch) for i in range(2)]
+
+    def check(self, batch: Any, **settings: Any) -> None:
+        found = []
+        for module in (self.graphed, self.plain):
+            torch.manual_seed(0)
+            result = module(*batch, **settings)
             module.zero_grad()
-            result = module(*tasks)
             result.loss.backward()
-            module.found = [result.loss.detach().clone(), result.logits.clone()]
-        torch.testing.assert_close(graphed.found, twin.found, rtol=1e-9, atol=1e-11)
-        pairs = zip(graphed.parameters(), twin.parameters(), strict=True)
-        for ours, theirs in pairs:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(
-            dict(graphed.named_buffers()), dict(twin.named_buffers()), rtol=1e-9, atol=1e-11
-        )
+            grads = [p.grad for p in module.parameters()]
+            found.append((list(result), grads, dict(module.named_buffers())))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+def test_in_a_graph(model: nn.Module, batch: Any) -> None:
+    case = Case(model, batch)
+    before = case.plain(*case.batches[0])  # its graph, on the default stream, stays alive
+    case.graphed(*case.batches[0]).loss.backward()
+    graph = case.graphed._captured
+    for tasks in (*case.batches, case.batches[0]):
+        case.check(tasks)
+    assert case.graphed._captured is graph
+    assert before.loss.requires_grad
+    case.check(case.batches[0], second_order=False)
+    case.check([t[:2] for t in case.batches[0]])
+    for module in (case.graphed, case.plain):
+        module.aggregate.step()
+    case.check(case.batches[1])
+    for module in (case.graphed, case.plain):
+        module.eval()
+    case.check(case.batches[1])
+    with torch.no_grad():
+        case.graphed(*case.batches[1])
+
+
+def test_training_in_a_graph(model: nn.Module, batch: Any) -> None:
+    """Optimizer steps reach the graph; what a call returned stays as it was."""
+    case = Case(model, batch)
+    losses = []
+    for module in (case.graphed, case.plain):
+        meta_opt = torch.optim.Adam(module.parameters(), lr=1e-2)
+        for _ in range(3):
+            meta_opt.zero_grad()
+            results = [module(*tasks) for tasks in case.batches]
+            sum(result.loss for result in results).backward()
+            meta_opt.step()
+            losses += [result.loss.detach() for result in results]
+    assert len({loss.item() for loss in losses[:6]}) == 6
+    torch.testing.assert_close(losses[:6], losses[6:], rtol=1e-9, atol=1e-11)
+    states = [
+        {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for module in (case.graphed, case.plain)
+    ]
+    torch.testing.assert_close(*states, rtol=1e-7, atol=1e-9)
+
+
+def cumulative(net: nn.Module) -> nn.Module:
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    return net
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_chunks_in_a_graph(model: nn.Module, batch: Any, chunk_size: int) -> None:
+    case = Case(cumulative(model), batch, chunk_size=chunk_size, aggregate=None)
+    for tasks in case.batches:
+        case.check(tasks)
+
+
+def test_dropout_in_a_graph_draws_anew(model: nn.Module, batch: Any) -> None:
+    case = Case(nn.Sequential(nn.Dropout(0.5), model), batch, aggregate=None)
+    losses = {case.graphed(*case.batches[0]).loss.item() for _ in range(3)}
+    assert len(losses) == 3
+    torch.manual_seed(3)
+    first = case.graphed(*case.batches[0]).loss
+    torch.manual_seed(3)
+    torch.testing.assert_close(case.graphed(*case.batches[0]).loss, first)
+
+
+def test_autocast_in_a_graph(model: nn.Module, batch: Any) -> None:
+    case = Case(model.float(), [t.float() if t.is_floating_point() else t for t in batch])
+    with torch.autocast("cuda", torch.bfloat16):
+        results = [module(*case.batches[0]) for module in (case.graphed, case.plain)]
+    torch.testing.assert_close(*[r.loss for r in results], rtol=1e-2, atol=1e-2)
+    assert case.graphed(*case.batches[0]).loss.dtype == torch.float32
+
+
+def test_what_waits_cannot_be_captured(model: nn.Module, batch: Any) -> None:
+    """It is said before the capture; statistics and random numbers are as they were."""
+
+    def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels)
+        torch.zeros(1, device="cuda").item()
+        return loss
+
+    case = Case(model, batch, loss_fn=loss_fn)
+    before, random = copy.deepcopy(dict(case.graphed.named_buffers())), torch.cuda.get_rng_state()
+    with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph: called a synch"):
+        case.graphed(*case.batches[0])
+    torch.testing.assert_close(dict(case.graphed.named_buffers()), before, rtol=0, atol=0)
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    assert torch.cuda.get_sync_debug_mode() == 0

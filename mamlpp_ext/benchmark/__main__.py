@@ -1,9 +1,9 @@
 """``python -m mamlpp_ext.benchmark package.module:make_model``: MAML against MAML++ on your model.
 
 Times a meta-iteration of plain MAML and of MAML++ in a bare torch loop, in higher and torchopt
-where they are installed, and in task_batch_loss without and with rematerialisation, on noise. All
-take turns, so that ratios are of neighbours in time. Peak memory is measured in a process of its
-own for each.
+where they are installed, and in task_batch_loss, plainly, with rematerialisation and on a GPU as a
+CUDA graph, on noise. All take turns, so that ratios are of neighbours in time. Peak memory is
+measured in a process of its own for each.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def ask(question: Question, repeats: int) -> dict[str, Any]:
     check_logits(*prepared, question.ways)
     ready: dict[Contender, MetaIteration] = {}
     refused: dict[Contender, str] = {}
-    for contender in [(learner, loop) for loop in available_loops() for learner in LEARNERS]:
+    runnable = available_loops(question.device)
+    for contender in [(learner, loop) for loop in runnable for learner in LEARNERS]:
         try:
             iteration = question.iteration(prepared, *contender)
             iteration.gradient()

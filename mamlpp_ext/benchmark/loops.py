@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mamlpp_ext.benchmark.per_task import Learner, task_loop
 from mamlpp_ext.convert import convert_batchnorm
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.task_batch import task_batch_loss
+from mamlpp_ext.task_batch_module import TaskBatchLoss
 
 # x_support [T, S, ...], y_support [T, S], x_target [T, Q, ...], y_target [T, Q]
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
-BATCHED = {"task_batch_loss": False, "rematerialised": True}  # whether it rematerialises
+GRAPH = "CUDA graph"
+# What the meta-batch as a whole is computed by, and with which settings.
+BATCHED: dict[str, dict[str, Any]] = {
+    "task_batch_loss": {},
+    "rematerialised": {"rematerialize": True},
+    GRAPH: {"cuda_graph": True},
+}
 LOOPS = ("bare torch", "higher", "torchopt", *BATCHED)
 LEARNERS = ("MAML", "MAML++")
 
 
-def available_loops() -> list[str]:
-    """Returns the names of the loops whose packages are installed."""
-    return [name for name in LOOPS if name not in ("higher", "torchopt") or find_spec(name)]
+def available_loops(device: str = "cpu") -> list[str]:
+    """Returns the names of the loops whose packages are installed and that ``device`` can run."""
+    needed = [loop for loop in LOOPS if loop != GRAPH or device.startswith("cuda")]
+    return [loop for loop in needed if loop not in ("higher", "torchopt") or find_spec(loop)]
 
 
 def make_learner(
@@ -70,7 +78,9 @@ class MetaIteration:
 
     def __init__(self, loop: str, learner: Learner, batch: Batch) -> None:
         self.loop, self.learner, self.batch = loop, learner, batch
-        self.task_loss = None if loop in BATCHED else task_loop(loop, learner)
+        # One of them, by the loop.
+        self.meta_loss = batch_module(loop, learner) if loop in BATCHED else None
+        self.task_loss: Any = None if loop in BATCHED else task_loop(loop, learner)
         learned = [*learner.net.parameters(), *learner.lslr.parameters()]
         self.meta_opt = torch.optim.Adam([p for p in learned if p.requires_grad], lr=1e-3)
 
@@ -82,14 +92,14 @@ class MetaIteration:
 
     def gradient(self) -> Tensor:
         """Adds the meta-gradient to the parameters' ``grad``; returns the mean loss over tasks."""
-        if self.task_loss is None:
-            loss = batch_loss(self.loop, self.learner, self.batch)
+        if self.meta_loss is not None:
+            loss: Tensor = self.meta_loss(*self.batch, second_order=self.learner.second_order).loss
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
         losses = []
         for task in zip(*self.batch, strict=True):
             loss, cut_off = self.task_loss(*task)
-            (loss / len(self.batch[0])).backward()  # type: ignore[no-untyped-call]
+            (loss / len(self.batch[0])).backward()
             if cut_off:
                 self._hand_over(cut_off)
             losses.append(loss.detach())
@@ -101,16 +111,14 @@ class MetaIteration:
                 p.grad = adapted.grad if p.grad is None else p.grad.add_(adapted.grad)
 
 
-def batch_loss(loop: str, learner: Learner, batch: Batch) -> Tensor:
-    """Returns the mean target loss over tasks, by ``task_batch_loss``."""
-    return task_batch_loss(
+def batch_module(loop: str, learner: Learner) -> TaskBatchLoss:
+    """Returns what computes the mean target loss over tasks."""
+    return TaskBatchLoss(
         learner.net,
         learner.lslr,
-        batch,
         F.cross_entropy,
         num_steps=learner.lslr.num_steps,
-        second_order=learner.second_order,
-        rematerialize=BATCHED[loop],
         chunk_size=learner.chunk_size,
         all_step_losses=False,
-    ).loss
+        **BATCHED[loop],
+    )

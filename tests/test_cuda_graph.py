@@ -1,0 +1,234 @@
+"""When a CUDA graph is captured, and what its replays hand on; a plain repetition stands for it.
+
+With a real one: ``test_gpu.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mamlpp_ext as mpp
+from mamlpp_ext import cuda_graph, task_batch_module
+from mamlpp_ext.cuda_graph import Captured, part_of_a_graph
+
+
+@pytest.fixture(autouse=True)
+def repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a graph: runs once to warm up, then at every replay, into the same tensors."""
+
+    def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        run()
+        run()
+        outputs, grads = run()
+
+        def replay() -> None:
+            for places, values in zip((outputs, grads), run(), strict=True):
+                for place, value in zip(places, values, strict=True):
+                    assert (place is None) == (value is None)
+                    if place is not None:
+                        place.copy_(value)
+
+        return replay, (outputs, grads)
+
+    monkeypatch.setattr(cuda_graph, "recorded", recorded)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_batch_module, "check_on_one_gpu", lambda batch: None)
+
+
+def make(net: nn.Module, lslr: mpp.LSLR, **settings: Any) -> mpp.TaskBatchLoss:
+    settings = {"num_steps": 3, "aggregate": mpp.MultiStepLoss(3, 2), **settings}
+    return mpp.TaskBatchLoss(net, lslr, F.cross_entropy, **settings)
+
+
+class Case:
+    """A module that replays and one that computes, from the same state."""
+
+    def __init__(self, net: nn.Module, lslr: mpp.LSLR, **settings: Any) -> None:
+        self.plain = make(*copy.deepcopy((net, lslr)), **settings)
+        self.graphed = make(net, lslr, cuda_graph=True, **settings)
+        self.seen: list[Captured | None] = []
+
+    @property
+    def both(self) -> tuple[mpp.TaskBatchLoss, mpp.TaskBatchLoss]:
+        return self.graphed, self.plain
+
+    def check(self, batch: Any, **settings: Any) -> bool:
+        """Compares them; returns whether the graph was the one before."""
+        found = []
+        for module in self.both:
+            result = module(*batch, **settings)
+            module.zero_grad()
+            result.loss.backward()
+            grads = {name: p.grad for name, p in module.named_parameters()}
+            values = {name: value.detach().clone() for name, value in result._asdict().items()}
+            found.append((values, grads, dict(module.named_buffers())))
+        torch.testing.assert_close(*found)
+        self.seen.append(self.graphed._captured)
+        return len(self.seen) > 1 and self.seen[-1] is self.seen[-2]
+
+
+@pytest.fixture
+def case(net: nn.Module, lslr: mpp.LSLR, anywhere: None) -> Case:
+    return Case(net, lslr)
+
+
+def test_a_replay_computes_the_same(case: Case, tasks: Any) -> None:
+    assert not case.check(tasks)
+    assert case.check([t.flip(0) for t in tasks])
+    for module in case.both:  # in place, as an optimizer
+        with torch.no_grad():
+            for p in module.parameters():
+                p.mul_(0.9)
+    assert case.check(tasks)
+    case.graphed.load_state_dict(case.plain.state_dict())
+    assert case.check(tasks)
+
+
+CHANGES: dict[str, Callable[[mpp.TaskBatchLoss], object]] = {
+    "the weights of MSL": lambda module: module.aggregate.step(),
+    "eval": lambda module: module.eval(),
+    "what is learned": lambda module: module.model.norm.bias.requires_grad_(False),
+    "the memory of a weight": lambda module: module.model.double().float().double(),
+    "an attribute": lambda module: setattr(module.model.norm, "momentum", 0.5),
+    "the loss": lambda module: setattr(module, "loss_fn", smoothed),
+    "a setting": lambda module: setattr(module, "chunk_size", 3),
+}
+
+
+def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_captures_anew(
+    case: Case, tasks: Any, change: Callable[[mpp.TaskBatchLoss], object]
+) -> None:
+    case.check(tasks)
+    for module in case.both:
+        change(module)
+    assert not case.check(tasks)
+    assert case.check(tasks)
+
+
+def test_other_calls_capture_anew(case: Case, tasks: Any) -> None:
+    case.check(tasks)
+    assert not case.check(tasks, second_order=False)
+    assert case.check(tasks, second_order=False)
+    assert not case.check([t[:2] for t in tasks])
+    with mpp.frozen_statistics(case.graphed), mpp.frozen_statistics(case.plain):
+        assert not case.check([t[:2] for t in tasks])
+    assert not case.check([t[:2] for t in tasks])
+
+
+def test_annealing_that_has_ended_goes_on_with_its_graph(case: Case, tasks: Any) -> None:
+    for _ in range(2):
+        for module in case.both:
+            module.aggregate.step()
+    case.check(tasks)
+    for module in case.both:
+        module.aggregate.step()
+    assert case.check(tasks)
+
+
+def test_capturing_changes_nothing(
+    net: nn.Module, lslr: mpp.LSLR, anywhere: None, tasks: Any
+) -> None:
+    """Statistics count the tasks once, and a failure not at all."""
+    module = make(net, lslr, cuda_graph=True)
+    module(*tasks)
+    assert net.norm.num_batches_tracked.tolist() == [8, 8, 8]
+    before = copy.deepcopy(dict(module.named_buffers()))
+
+    def fails(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 6:  # in the second run, when the first has changed the statistics
+            raise ValueError("no")
+        return F.cross_entropy(logits, labels)
+
+    calls: list[int] = []
+    module.loss_fn = fails
+    with pytest.raises(ValueError, match="no"):
+        module(*tasks)
+    torch.testing.assert_close(dict(module.named_buffers()), before, rtol=0, atol=0)
+
+
+def test_what_was_returned_stays(case: Case, tasks: Any) -> None:
+    """Losses and gradients of several calls may be kept, added up and accumulated."""
+    batches = [tasks, [t.flip(0) for t in tasks]]
+    totals = []
+    for module in case.both:
+        results = [module(*batch) for batch in batches]
+        for result in results:
+            (2 * result.loss).backward()
+        values = [list(result) for result in results]
+        totals.append((values, [p.grad for p in module.parameters()]))
+    torch.testing.assert_close(*totals)
+
+
+def test_gradients_reach_the_batch(case: Case, tasks: Any) -> None:
+    x_support, *rest = tasks
+    found = []
+    for module in case.both:
+        x = x_support.clone().requires_grad_()
+        module(x, *rest).loss.backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_an_aggregate_that_is_learned(
+    net: nn.Module, lslr: mpp.LSLR, anywhere: None, tasks: Any
+) -> None:
+    case = Case(net, lslr, aggregate=nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)))
+    assert not case.check(tasks)
+    assert case.check([t.flip(0) for t in tasks])
+    assert case.graphed.aggregate[0].weight.grad.any()
+
+
+def test_evaluation_replays_nothing(case: Case, tasks: Any) -> None:
+    with torch.no_grad():
+        results = [module(*tasks) for module in case.both]
+    assert case.graphed._captured is None
+    torch.testing.assert_close(*[list(result) for result in results])
+
+
+def test_copies_capture_for_themselves(case: Case, tasks: Any) -> None:
+    case.check(tasks)
+    case.graphed.loss_fn = case.plain.loss_fn = F.cross_entropy
+    twin = copy.deepcopy(case.graphed)
+    again = pickle.loads(pickle.dumps(case.graphed))
+    assert twin._captured is again._captured is None
+    torch.testing.assert_close(twin(*tasks).loss, again(*tasks).loss)
+
+
+def test_an_earlier_graph_that_is_alive_is_no_matter(case: Case, tasks: Any) -> None:
+    """Gradients are taken by parameters of its own, over the same memory."""
+    case.graphed(*tasks)
+    captured = case.graphed._captured
+    fixed = part_of_a_graph(case.graphed, tasks)
+    assert captured is not None
+    assert captured.part_of_it[-len(fixed) :] == fixed
+    assert all(p.grad is None for p in case.graphed.parameters())
+
+
+def test_asked_for_where_it_cannot_be(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
+    with pytest.raises(ValueError, match=r"got a batch on \['cpu'\]; move them there"):
+        make(net, lslr, cuda_graph=True)(*tasks)
+    with pytest.raises(ValueError, match="what rematerialize=True does; leave one of them out"):
+        make(net, lslr, cuda_graph=True, rematerialize=True)
+    with pytest.raises(ValueError, match="what a process_group does; leave one of them out"):
+        make(net, lslr, cuda_graph=True, process_group=object())
+    with pytest.raises(ValueError, match="batch must hold at least one task"):
+        make(net, lslr, cuda_graph=True)(*[t[:0] for t in tasks])
