@@ -6,7 +6,7 @@
 
 Writes speed.json (every measured number) and speed.png to --out, and the table between the markers
 in --readme. The contenders of a ratio run in turn, A B A B, in one process, and the ratio is taken
-within each round; peak memory is measured in a fresh process for every number.
+within each round; peak memory is measured in a fresh process for every number (on a GPU in one).
 """
 
 from __future__ import annotations
@@ -18,70 +18,22 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import reference
+from contenders import BATCH, GRAPH, PEERS, Pair, memory_questions, pairs
+from launches import launches
 from mamlpp_ext.benchmark.__main__ import environment
-from mamlpp_ext.benchmark.measure import alternate, in_fresh_process
+from mamlpp_ext.benchmark.measure import alternate, in_fresh_process, in_this_process
 from mamlpp_ext.benchmark.question import Question, memory_and_time
 from problems import PROBLEMS
 
 HERE = Path(__file__).parent
-Contender = tuple[str, str]  # the learner and the loop
-TASK_LOOPS = ("bare torch", "higher", "torchopt")
-BATCH, REMAT = ("MAML++", "task_batch_loss"), ("MAML++", "rematerialised")
-PEERS = [("MAML", "higher"), ("MAML", "torchopt")]
-STEPS, TASKS = (1, 5, 10, 20, 50), (1, 2, 4, 8, 16)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A ratio of times.
-
-    Attributes:
-        name: what the table calls it.
-        question: the model and tasks.
-        over: whose time is divided.
-        under: by whose; of several, by that of the fastest.
-        goal: what the ratio should not exceed.
-    """
-
-    name: str
-    question: Question
-    over: Contender
-    under: list[Contender]
-    goal: float
-
-
-def pairs(device: str) -> Iterator[Pair]:
-    """Yields every ratio of times but that to the authors' code."""
-    for second_order, ways in ((True, 5), (True, 20), (False, 5), (False, 20)):
-        order = "second" if second_order else "first"
-        problem = replace(PROBLEMS[f"Conv4-64 {ways}-way"], second_order=second_order)
-        about = f"{ways}-way, {order} order"
-        for loop in TASK_LOOPS:
-            yield Pair(
-                f"MAML++ / MAML in {loop}, {about}",
-                replace(problem, tasks=2),
-                ("MAML++", loop),
-                [("MAML", loop)],
-                0.85 if second_order else 1.0,
-            )
-        goal = 1.0 if ways == 20 else 0.7 if second_order else 0.6
-        name = f"task_batch_loss with MAML++ / faster of higher's and torchopt's MAML, {about}"
-        yield Pair(name, problem, BATCH, PEERS, goal)
-    for ways in (5, 20):
-        for steps in (5, 20):
-            name = f"rematerialised / plain task_batch_loss, {ways}-way, K = {steps}"
-            question = replace(PROBLEMS[f"Conv4-64 {ways}-way"], steps=steps, tasks=4)
-            yield Pair(name, question, REMAT, [BATCH], 1.35)
-    problem = PROBLEMS["Conv4-64 5-way"]
-    for tasks, times in ((8, 8), (32, 20)) if device != "cpu" else ():
-        name = f"task_batch_loss with MAML++ / higher's MAML, {tasks} tasks"
-        yield Pair(name, replace(problem, tasks=tasks), BATCH, PEERS[:1], 1 / times)
 
 
 def layouts(name: str, question: Question, rounds: int) -> dict[str, Any]:
@@ -130,31 +82,16 @@ def time_reference(checkout: Path, rounds: int, threads: int) -> Iterator[dict[s
         }
 
 
-def memory_questions(
-    ways: int, tasks: int
-) -> Iterator[tuple[str, Question, Contender, dict[str, int]]]:
-    """Yields what memory and time are drawn over: K, then T."""
-    problem = PROBLEMS[f"Conv4-64 {ways}-way"]
-    plain = [("MAML", loop) for loop in TASK_LOOPS]
-    for steps in STEPS:
-        for contender in (*plain, BATCH, REMAT):
-            question = replace(problem, steps=steps, tasks=tasks)
-            yield " in ".join(contender), question, contender, {"steps": steps}
-    for count in TASKS:
-        question = replace(problem, tasks=count)
-        for contender in (PEERS[0], BATCH, REMAT):
-            yield " in ".join(contender), question, contender, {"tasks": count}
-        name = " in ".join(BATCH) + ", chunk_size=2"
-        yield name, replace(question, chunk_size=2), BATCH, {"tasks": count}
-
-
 def memory_record(
     name: str, function: Any, *arguments: Any, over: dict[str, int], seconds: float
 ) -> dict[str, Any]:
-    """Returns the record of one fresh process: bytes, and the seconds of a warm iteration."""
+    """Returns the record of one process: bytes, and the seconds of a warm iteration."""
     record = {"kind": "memory", "name": name, **over}
+    # Of a GPU the tensors alone count, whatever else the process has done.
+    there = any(isinstance(a, Question) and a.device != "cpu" for a in arguments)
+    call = in_this_process if there else partial(in_fresh_process, seconds=seconds)
     try:
-        memory, took = in_fresh_process(function, *arguments, seconds=seconds)
+        memory, took = call(function, *arguments)
     except (TimeoutError, RuntimeError) as error:
         return {**record, "failed": str(error)}
     return {**record, "bytes_before": memory.before, "bytes_peak": memory.peak, "seconds": took}
@@ -174,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--memory-ways", type=int, choices=(5, 20), default=5, help="of memory (%(default)s)")
     add("--memory-tasks", type=int, default=4, help="tasks for memory over K (%(default)s)")
     add("--limit", type=float, default=60.0, help="seconds for a number of memory (%(default)s)")
-    add("--out", type=Path, default=HERE / "results" / "speed", help="folder (%(default)s)")
+    add("--out", type=Path, help="folder (results/speed, for a GPU results/speed-gpu)")
     add("--readme", type=Path, default=HERE / "README.md", help="where the table goes")
     return parser
 
@@ -190,6 +127,10 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if "MAML++ / MAML in bare torch" in pair.name:
                 question = replace(pair.question, **fixed)
                 yield layouts(pair.name.partition(", ")[2], question, flags.rounds)
+        for contender in (*PEERS, BATCH, GRAPH) if flags.device != "cpu" else ():
+            question = replace(PROBLEMS["Conv4-64 5-way"], **fixed)
+            iteration = question.iteration(question.prepare(), *contender)
+            yield {"kind": "launches", "name": " in ".join(contender), **launches(iteration)}
     if flags.reference and flags.only in (None, "reference"):
         yield from time_reference(flags.reference, flags.rounds, flags.threads)
         run = partial(memory_record, over={}, seconds=flags.limit)
@@ -198,15 +139,17 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield run(f"{name}, MSL", reference.memory_and_time, *where)
     if flags.only in (None, "memory"):
         for name, question, contender, over in memory_questions(
-            flags.memory_ways, flags.memory_tasks
+            flags.device, flags.memory_ways, flags.memory_tasks
         ):
             there = replace(question, **fixed)
             run = partial(memory_record, over=over, seconds=flags.limit)
             yield run(name, memory_and_time, there, *contender)
 
 
-def processor() -> str:
-    """Returns the name of the processor."""
+def processor(device: str) -> str:
+    """Returns the name of the processor, or of the GPU."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -226,11 +169,13 @@ def command(flags: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = make_parser().parse_args(arguments)
+    flags.out = flags.out or HERE / "results" / ("speed" if flags.device == "cpu" else "speed-gpu")
     flags.out.mkdir(parents=True, exist_ok=True)
     about = {
         "command": command(flags),
         **environment(),
-        "processor": processor(),
+        "device": flags.device,
+        "processor": processor(flags.device),
         "threads": flags.threads,
         "seed": Question.seed,
         "problems": {name: asdict(question) for name, question in PROBLEMS.items()},

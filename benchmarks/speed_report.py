@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ import reference
 from mamlpp_ext.benchmark.measure import MEGABYTE, ratio
 
 Record = dict[str, Any]
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 PLAIN, REMAT = "MAML++ in task_batch_loss", "MAML++ in rematerialised"
 
 
@@ -35,40 +34,61 @@ def write(folder: Path, readme: Path) -> str:
         draw(found["records"], folder / "speed.png")
         place = os.path.relpath(folder, readme.parent)
         text += f"\n![Time and memory over inner steps and over tasks]({place}/speed.png)\n"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = markers(found["device"])
+    before, begin, rest = readme.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}; put them where it goes")
-    readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+        raise ValueError(f"{readme} lacks the markers {first} and {last}; put them where it goes")
+    readme.write_text(f"{before}{first}\n{text}{last}{after}")
     return text
+
+
+def markers(device: str) -> tuple[str, str]:
+    """Returns the lines between which a device's table goes."""
+    name = "speed" if device == "cpu" else "speed-gpu"
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def table(found: dict[str, Any]) -> str:
     """Returns the ratios with their goals, and the measured memory."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    ways = found["memory_ways"]
-    lines = [
-        f"Command: `{found['command']}` ({found['minutes']:.1f} minutes). {found['processor']}, "
-        f"{found['threads']} threads, Python {found['python']}, {versions}; seed {found['seed']}.",
-        "",
-        "| time | ratio: median (quartiles) | best, ms | goal | |",
-        "|---|---|---|---|---|",
-        *map(_time_row, [r for r in found["records"] if r["kind"] == "time"]),
-        "",
-        "| layout, in bare torch | MAML | MAML++ | MAML, channels_last | MAML++, channels_last "
-        "| each at its faster, MAML++ / MAML |",
-        "|---|---|---|---|---|---|",
-        *map(_layout_row, [r for r in found["records"] if r["kind"] == "layouts"]),
-        "",
-        "| memory | ratio of increases | ratio of peaks | increases, MB | goal | |",
-        "|---|---|---|---|---|---|",
-        *_memory_rows([r for r in found["records"] if r["kind"] == "memory"]),
-        "",
-        *_all_memory(found["records"], "steps", f"K, {ways}-way, {found['memory_tasks']} tasks"),
-        "",
-        *_all_memory(found["records"], "tasks", f"tasks, {ways}-way, K = 5"),
+    of_kind: dict[str, list[Record]] = {}
+    for record in found["records"]:
+        of_kind.setdefault(record["kind"], []).append(record)
+    ways, memory = found["memory_ways"], of_kind.get("memory", [])
+    parts = [
+        [
+            f"Command: `{found['command']}` ({found['minutes']:.1f} minutes). "
+            f"{found['processor']}, {found['threads']} threads, Python {found['python']}, "
+            f"{versions}; seed {found['seed']}."
+        ],
+        _rows(
+            "time | ratio: median (quartiles) | best, ms | goal | ",
+            map(_time_row, of_kind.get("time", [])),
+        ),
+        _rows(
+            "layout, in bare torch | MAML | MAML++ | MAML, channels_last | MAML++, channels_last "
+            "| each at its faster, MAML++ / MAML",
+            map(_layout_row, of_kind.get("layouts", [])),
+        ),
+        _rows(
+            "an iteration, 5-way, second order, 8 tasks | launches | kernels | they run, ms",
+            map(_launches_row, of_kind.get("launches", [])),
+        ),
+        _rows(
+            "peak memory | ratio of peaks | ratio of increases | increases, MB | goal | ",
+            _memory_rows(memory),
+        ),
+        _all_memory(memory, "steps", f"K, {ways}-way, {found['memory_tasks']} tasks"),
+        _all_memory(memory, "tasks", f"tasks, {ways}-way, K = 5"),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def _rows(title: str, rows: Iterable[str]) -> list[str]:
+    """Returns a table, or nothing where there are no rows."""
+    found = list(rows)
+    return [f"| {title} |", "|---" * (title.count("|") + 1) + "|", *found] if found else []
 
 
 def fastest(record: Record) -> tuple[str, str]:
@@ -85,7 +105,14 @@ def _time_row(record: Record) -> str:
     chosen = f" ({under})" if len(seconds) > 2 else ""
     return (
         f"| {record['name']}{chosen} | {found.median:.3f} ({found.low:.3f} to {found.high:.3f}) "
-        f"| {best} | ≤ {record['goal']:.2f} | {_verdict(found.median, record['goal'])} |"
+        f"| {best} | {_verdict(found.median, record['goal'])} |"
+    )
+
+
+def _launches_row(record: Record) -> str:
+    return (
+        f"| {record['name']} | {record['launches']} | {record['kernels']} "
+        f"| {1e3 * record['kernel_seconds']:.1f} |"
     )
 
 
@@ -102,8 +129,11 @@ def _layout_row(record: Record) -> str:
     return f"| {record['name']} | {cells} | {best.median:.3f} ({best.low:.3f} to {best.high:.3f}) |"
 
 
-def _verdict(value: float, goal: float) -> str:
-    return "met" if value <= goal else "**missed**"
+def _verdict(value: float, goal: float | None) -> str:
+    """Two cells: the goal and whether it is met."""
+    if goal is None:
+        return " | "
+    return f"≤ {goal:.2f} | {'met' if value <= goal else '**missed**'}"
 
 
 def _memory_rows(records: list[Record]) -> Iterator[str]:
@@ -126,13 +156,12 @@ def _memory_rows(records: list[Record]) -> Iterator[str]:
     ]
     for name, over, under, goal in wanted:
         if over not in by_place or under not in by_place:
-            yield f"| {name} | not measured | | | ≤ {goal:.2f} | |"
             continue
         a, b = by_place[over], by_place[under]
         value, peaks = _added(a) / _added(b), a["bytes_peak"] / b["bytes_peak"]
         yield (
-            f"| {name} | {value:.3f} | {peaks:.3f} | {_added(a):.0f} / {_added(b):.0f} "
-            f"| ≤ {goal:.2f} | {_verdict(value, goal)} |"
+            f"| {name} | {peaks:.3f} | {value:.3f} | {_added(a):.0f} / {_added(b):.0f} "
+            f"| {_verdict(peaks, goal)} |"
         )
 
 

@@ -162,6 +162,15 @@ def test_memory_is_that_of_the_process_itself() -> None:
     assert measure.in_fresh_process(measure.peak_bytes, seconds=60) < len(much)
 
 
+def test_memory_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: its peak begins anew."""
+    reset: list[str] = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: reset.append(name))
+    assert measure.in_this_process(max, 1, 2) == 2
+    assert reset == ["empty_cache", "reset_peak_memory_stats"]
+
+
 def test_fresh_processes_that_do_not_report() -> None:
     with pytest.raises(TimeoutError, match=r"not done within 0\.05 seconds; allow more"):
         measure.in_fresh_process(time.sleep, 30, seconds=0.05)

@@ -12,6 +12,7 @@ import torch
 
 import cases
 import compare
+import contenders
 import problems
 import profile_iteration
 import reference
@@ -64,10 +65,19 @@ def test_what_is_asked() -> None:
     for pair in asked:
         assert pair.question.second_order != ("first order" in pair.name)
         assert pair.question.ways == (20 if "20-way" in pair.name else 5)
-    assert [pair.question.tasks for pair in compare.pairs("cuda")][-2:] == [8, 32]
-    memory_asked = list(compare.memory_questions(5, 4))
-    assert {q.steps for _, q, _, over in memory_asked if "steps" in over} == set(compare.STEPS)
-    assert {q.tasks for _, q, _, over in memory_asked if "tasks" in over} == set(compare.TASKS)
+    on_gpu = list(compare.pairs("cuda"))
+    assert len({pair.name for pair in on_gpu}) == len(on_gpu) == len(asked) + 4 + 4
+    goals = {pair.name: pair.goal for pair in on_gpu if pair.goal is not None}
+    assert goals == {
+        "task_batch_loss with MAML++ / higher's MAML, 8 tasks": 1 / 8,
+        "task_batch_loss with MAML++ / higher's MAML, 32 tasks": 1 / 20,
+        "MAML++ as a CUDA graph / higher's MAML, 8 tasks": 1 / 8,
+        "MAML++ as a CUDA graph / higher's MAML, 32 tasks": 1 / 20,
+    }
+    assert [pair.question.tasks for pair in on_gpu[-4:]] == [8, 32, 8, 32]
+    memory_asked = list(compare.memory_questions("cpu", 5, 4))
+    assert {q.steps for _, q, _, over in memory_asked if "steps" in over} == set(contenders.STEPS)
+    assert {q.tasks for _, q, _, over in memory_asked if "tasks" in over} == set(contenders.TASKS)
 
 
 def test_a_ratio_is_timed() -> None:
@@ -92,6 +102,7 @@ def test_report(tmp_path: Path) -> None:
         "command": "python benchmarks/compare.py",
         "minutes": 9.0,
         "processor": "abacus",
+        "device": "cpu",
         "threads": 2,
         "python": "3",
         "versions": {"torch": "2"},
@@ -103,33 +114,43 @@ def test_report(tmp_path: Path) -> None:
     records = [
         {"kind": "time", "name": "good", "goal": 0.7, "seconds": times},
         {"kind": "time", "name": "bad", "goal": 0.4, "seconds": times},
+        {"kind": "time", "name": "any", "goal": None, "seconds": times},
+        {"kind": "launches", "name": "a", "launches": 2, "kernels": 3, "kernel_seconds": 0.5},
         memory(speed_report.PLAIN, 500, steps=20),
         memory(speed_report.REMAT, 100, steps=20),
         memory(speed_report.REMAT, 50, steps=5),
-        memory(speed_report.REMAT, 90, steps=50),
+        memory(speed_report.REMAT, 140, steps=50),
         memory(speed_report.REMAT, 10**6, tasks=16),
         {"kind": "memory", "name": "MAML in higher", "steps": 50, "failed": "not done within 6"},
     ]
     (tmp_path / "speed.json").write_text(json.dumps({**about, "records": records}))
     readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{speed_report.BEGIN}\nold\n{speed_report.END}\nbelow\n")
+    begin, end = speed_report.markers("cpu")
+    readme.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     text = speed_report.write(tmp_path, readme)
     assert "| good (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 | ≤ 0.70 | met |" in text
     assert "| bad (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 | ≤ 0.40 | **missed** |" in text
-    assert "| rematerialised / plain, K = 20 | 0.200 | 0.333 | 100 / 500 | ≤ 0.30 | met |" in text
-    assert (
-        "| rematerialised, K = 50 / K = 5 | 1.800 | 1.267 | 90 / 50 | ≤ 1.50 | **missed**" in text
-    )
-    assert "authors' code | not measured |" in text
+    assert "| any (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 |  |  |" in text
+    assert "| a | 2 | 3 | 500.0 |" in text
+    row = "| rematerialised / plain, K = 20 | 0.333 | 0.200 | 100 / 500 | ≤ 0.30 | **missed** |"
+    assert row in text
+    row = "| rematerialised, K = 50 / K = 5 | 1.600 | 2.800 | 140 / 50 | ≤ 1.50 | **missed** |"
+    assert row in text
+    assert "authors' code" not in text
+    assert "layout" not in text
     assert "| MAML in higher | - | - | too long |" in text
     assert (tmp_path / "speed.png").stat().st_size > 1000
     written = readme.read_text()
-    assert written.startswith(f"above\n{speed_report.BEGIN}\nCommand: ")
-    assert written.endswith(f"{speed_report.END}\nbelow\n")
+    assert written.startswith(f"above\n{begin}\nCommand: ")
+    assert written.endswith(f"{end}\nbelow\n")
     assert "old" not in written
     assert speed_report.write(tmp_path, readme) == text
     assert readme.read_text() == written  # twice is once
 
+    (tmp_path / "speed.json").write_text(json.dumps({**about, "device": "cuda", "records": []}))
+    with pytest.raises(ValueError, match="lacks the markers <!-- speed-gpu:begin -->"):
+        speed_report.write(tmp_path, readme)
+    (tmp_path / "speed.json").write_text(json.dumps({**about, "records": []}))
     readme.write_text("nothing")
     with pytest.raises(ValueError, match="lacks the markers <!-- speed:begin -->"):
         speed_report.write(tmp_path, readme)
@@ -142,7 +163,7 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         compare, "in_fresh_process", lambda *a, seconds: (Memory(10**8, 2 * 10**8), 0.1)
     )
     readme = tmp_path / "README.md"
-    readme.write_text(speed_report.BEGIN + speed_report.END)
+    readme.write_text("".join(speed_report.markers("cpu")))
     out = tmp_path / "results"
     flags = [f"--out={out}", f"--readme={readme}", "--threads=1", "--rounds=1"]
     compare.main(flags)

@@ -99,7 +99,7 @@ class MetaIteration:
         losses = []
         for task in zip(*self.batch, strict=True):
             loss, cut_off = self.task_loss(*task)
-            (loss / len(self.batch[0])).backward()
+            (loss / len(self.batch[0])).backward()  # type: ignore[no-untyped-call]
             if cut_off:
                 self._hand_over(cut_off)
             losses.append(loss.detach())

@@ -124,6 +124,14 @@ def peak_bytes(device: str = "cpu") -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
+def in_this_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns ``function(*arguments)``, for which the peak of a GPU's memory begins anew."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return function(*arguments)
+
+
 def in_fresh_process(function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
     """Returns ``function(*arguments)``, called in a new Python process.
 

@@ -1,0 +1,97 @@
+"""What compare.py asks: which contenders, on which tasks, and what the answer should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from mamlpp_ext.benchmark.question import Question
+from problems import PROBLEMS
+
+Contender = tuple[str, str]  # the learner and the loop
+TASK_LOOPS = ("bare torch", "higher", "torchopt")
+PLAIN = [("MAML", loop) for loop in TASK_LOOPS]
+PEERS = [("MAML", "higher"), ("MAML", "torchopt")]
+BATCH, REMAT = ("MAML++", "task_batch_loss"), ("MAML++", "rematerialised")
+GRAPH = ("MAML++", "CUDA graph")  # on a GPU alone
+STEPS, TASKS = (1, 5, 10, 20, 50), (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A ratio of times.
+
+    Attributes:
+        name: what the table calls it.
+        question: the model and tasks.
+        over: whose time is divided.
+        under: by whose; of several, by that of the fastest.
+        goal: what the ratio should not exceed; None where there is no goal.
+    """
+
+    name: str
+    question: Question
+    over: Contender
+    under: list[Contender]
+    goal: float | None
+
+
+def pairs(device: str) -> Iterator[Pair]:
+    """Yields every ratio of times but that to the authors' code."""
+    on_cpu = device == "cpu"
+    for ways, second_order in ((5, True), (20, True), (5, False), (20, False)):
+        order = "second" if second_order else "first"
+        problem = replace(PROBLEMS[f"Conv4-64 {ways}-way"], second_order=second_order)
+        about = f"{ways}-way, {order} order"
+        goal = 0.85 if second_order else 1.0
+        for loop in TASK_LOOPS:
+            yield Pair(
+                f"MAML++ / MAML in {loop}, {about}",
+                replace(problem, tasks=2),
+                ("MAML++", loop),
+                [("MAML", loop)],
+                goal if on_cpu else None,
+            )
+        goal = 1.0 if ways == 20 else 0.7 if second_order else 0.6
+        for contender in (BATCH,) if on_cpu else (BATCH, GRAPH):
+            yield Pair(
+                f"{named(contender)} / faster of higher's and torchopt's MAML, {about}",
+                problem,
+                contender,
+                PEERS,
+                goal if on_cpu else None,
+            )
+    for ways in (5, 20):
+        for steps in (5, 20):
+            name = f"rematerialised / plain task_batch_loss, {ways}-way, K = {steps}"
+            question = replace(PROBLEMS[f"Conv4-64 {ways}-way"], steps=steps, tasks=4)
+            yield Pair(name, question, REMAT, [BATCH], 1.35 if on_cpu else None)
+    problem = PROBLEMS["Conv4-64 5-way"]
+    for contender in () if on_cpu else (BATCH, GRAPH):
+        for tasks, times in ((8, 8), (32, 20)):
+            name = f"{named(contender)} / higher's MAML, {tasks} tasks"
+            yield Pair(name, replace(problem, tasks=tasks), contender, PEERS[:1], 1 / times)
+
+
+def named(contender: Contender) -> str:
+    """Returns what a table of ratios calls a contender."""
+    learner, loop = contender
+    return f"{loop} with {learner}" if contender == BATCH else f"{learner} as a {loop}"
+
+
+def memory_questions(
+    device: str, ways: int, tasks: int
+) -> Iterator[tuple[str, Question, Contender, dict[str, int]]]:
+    """Yields what memory and time are drawn over: K, then T."""
+    problem = PROBLEMS[f"Conv4-64 {ways}-way"]
+    ours = (BATCH, REMAT) if device == "cpu" else (BATCH, REMAT, GRAPH)
+    for steps in STEPS:
+        for contender in (*PLAIN, *ours):
+            question = replace(problem, steps=steps, tasks=tasks)
+            yield " in ".join(contender), question, contender, {"steps": steps}
+    for count in TASKS:
+        question = replace(problem, tasks=count)
+        for contender in (PEERS[0], *ours):
+            yield " in ".join(contender), question, contender, {"tasks": count}
+        name = " in ".join(BATCH) + ", chunk_size=2"
+        yield name, replace(question, chunk_size=2), BATCH, {"tasks": count}
