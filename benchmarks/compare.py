@@ -66,7 +66,9 @@ def time_reference(checkout: Path, rounds: int, threads: int) -> Iterator[dict[s
     runs = {name: reference.contender(name, checkout, threads) for name in names}
     first = {name: run() for name, run in runs.items()}
     # In another layout float32 rounds otherwise: 3e-4 after five steps, where float64 has 5e-15.
-    if max(first.values()) - min(first.values()) > 1e-3:
+    # On a GPU convolutions are in TF32: 3e-3.
+    apart = 1e-3 if reference.device() == "cpu" else 1e-2
+    if max(first.values()) - min(first.values()) > apart:
         raise RuntimeError(
             f"the first losses differ, {first}, so that the iterations do not compute the same; "
             f"the comparison was made with commit {reference.COMMIT} of the authors' code"

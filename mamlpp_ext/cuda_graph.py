@@ -10,6 +10,7 @@ graph: the next call would overwrite losses that are kept, and gradients that ar
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -118,8 +119,10 @@ def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 def _run_without_waiting(run: Callable[[], Any]) -> None:
     # Found before the capture: one that fails leaves torch's random numbers unusable (2.11).
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         run()
     except RuntimeError as error:
         raise RuntimeError(
