@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mamlpp_ext.known_gradients import KnownGradients, Slot
 from mamlpp_ext.layout import channels_last
 from mamlpp_ext.quick_function import (
     QuickFunction,
@@ -40,7 +41,8 @@ _WORTH_A_FUNCTION = 100_000
 class Geometry(NamedTuple):
     """The settings of a convolution: one number for every spatial dimension, and the groups.
 
-    And whether gradients of its gradients will be asked for.
+    Whether gradients of its gradients will be asked for, and where its weight's belongs, if that
+    may be known already.
     """
 
     stride: tuple[int, ...]
@@ -48,12 +50,14 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
     second_order: bool
+    slot: Slot | None = None
 
 
 def convolution(
     function: Any,
     count: int,
     second_order: bool,
+    known: KnownGradients | None,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -64,7 +68,8 @@ def convolution(
 ) -> Tensor:
     """Does what ``function`` does, ``torch.conv1d``, ``conv2d`` or ``conv3d`` (``count`` 1 to 3).
 
-    ``second_order`` says whether gradients of gradients will be asked for, a matter of speed alone.
+    ``second_order`` says whether gradients of gradients will be asked for, and ``known`` what was
+    found out when the same was called before: matters of speed alone.
 
     Whatever the closed form is not for, or not known to pay, is left to ``function`` itself.
     """
@@ -89,7 +94,8 @@ def convolution(
     if not all(isinstance(value, (int, tuple, list)) for value in how):  # padding="same"
         return function(x, weight, bias, *how, groups)  # type: ignore[no-any-return]
     strides, paddings, dilations = (_each(value, count) for value in how)
-    geometry = Geometry(strides, paddings, dilations, groups, second_order)
+    slot = None if known is None else known.of_this_call()
+    geometry = Geometry(strides, paddings, dilations, groups, second_order, slot)
     apply: Any = _Convolution.apply
     return apply(x, weight, bias, geometry)  # type: ignore[no-any-return]
 
@@ -108,7 +114,7 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
 
 
 def _forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
-    stride, padding, dilation, groups, _ = how
+    stride, padding, dilation, groups, *_ = how
     none = [0] * len(stride)
     return torch.convolution(x, w, b, stride, padding, dilation, False, none, groups)
 
@@ -120,11 +126,13 @@ def _quickest(x: Tensor, w: Tensor, how: Geometry) -> Any:
 
 
 def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]) -> Any:
-    stride, padding, dilation, groups, _ = how
+    stride, padding, dilation, groups, *_ = how
     none, (to_x, to_w, to_b) = [0] * len(stride), wanted
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        g, x, w, None, stride, padding, dilation, False, none, groups, (to_x, to_w, False)
-    )
+    dx = dw = None
+    if to_x or to_w:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            g, x, w, None, stride, padding, dilation, False, none, groups, (to_x, to_w, False)
+        )
     # Beside the others it takes up to half of their time (torch 2.13), by itself a third of that.
     db = g.sum([0, *range(2, g.dim())]) if to_b else None
     return dx, dw, db
@@ -146,12 +154,17 @@ class _Convolution(QuickFunction):
         if g is None:
             return None, None, None, None
         x, w = ctx.saved_tensors
+        slot, how, wanted = ctx.how.slot, ctx.how._replace(slot=None), ctx.needs_input_grad[:3]
         # Forward mode has torch's own formula; without further derivatives ours would be in vain.
         further = torch.is_grad_enabled() or transforms_active()
-        function: Any = _backward
         if further and not forward_mode_active():
-            function = _ConvolutionBackward.apply
-        return *function(g, x, w, ctx.how, ctx.needs_input_grad[:3]), None
+            known = slot if slot is not None and wanted[1] and slot.known(w) is not None else None
+            apply: Any = _ConvolutionBackward.apply
+            return *apply(g, x, w, how, wanted, known), None
+        grads = _backward(g, x, w, how, wanted)
+        if slot is not None:
+            slot.learn(grads[1])
+        return *grads, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, b: Tensor | None, how: Any) -> Any:
@@ -168,15 +181,23 @@ class _Convolution(QuickFunction):
 
 
 class _ConvolutionBackward(QuickFunction):
-    """The backward of :class:`_Convolution`; gradients that are not wanted are None."""
+    """The backward of :class:`_Convolution`; gradients that are not wanted are None.
+
+    That of the weight is not computed where it is ``known``.
+    """
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]) -> Any:
-        return tuple(_backward(g, x, w, how, wanted))
+    def forward(
+        g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool], known: Slot | None
+    ) -> Any:
+        if known is None or known.value is None:
+            return _backward(g, x, w, how, wanted)
+        dx, _, db = _backward(g, x, w, how, (wanted[0], False, wanted[2]))
+        return dx, known.value.detach(), db
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        g, x, w, ctx.how, _ = inputs
+        g, x, w, ctx.how, *_ = inputs
         ctx.save_for_backward(g, x, w)
         ctx.set_materialize_grads(False)
 
@@ -187,7 +208,6 @@ class _ConvolutionBackward(QuickFunction):
         to_g, to_x, to_w = ctx.needs_input_grad[:3]
         within = transforms_active() and not forward_mode_active()
         forward: Any = _Convolution.apply if within else _forward
-        backward: Any = _ConvolutionBackward.apply if within else _backward
         parts = []
         if to_g and u is not None:
             parts.append(forward(u, w, s, ctx.how))
@@ -200,18 +220,25 @@ class _ConvolutionBackward(QuickFunction):
         along_x = along_w = None
         if any(wanted):
             at = x if u is None else u, w if v is None else v  # what is None is not read
-            along_x, along_w, _ = backward(g, *at, ctx.how, wanted)
-        return along_g, along_x, along_w, None, None
+            apply: Any = _ConvolutionBackward.apply
+            grads = (
+                apply(g, *at, ctx.how, wanted, None)
+                if within
+                else _backward(g, *at, ctx.how, wanted)
+            )
+            along_x, along_w, _ = grads
+        return along_g, along_x, along_w, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        g, x, w, how, wanted = inputs
+        g, x, w, how, wanted, known = inputs
         size = info.batch_size
         apply: Any = _ConvolutionBackward.apply
         grads = apply(
             *all_folded((g, x, w), in_dims, size, (1, 1, 0)),
             how._replace(groups=how.groups * size),
             wanted,
+            known,
         )
         unfolded = [
             (None, None) if t is None else (t.unflatten(dim, (size, -1)), dim)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mamlpp_ext.convolution import convolution
+from mamlpp_ext.known_gradients import KnownGradients
 from mamlpp_ext.layout import in_default_layout, view
 from mamlpp_ext.max_pool import max_pool2d
 from mamlpp_ext.quick_function import transforms_active
@@ -23,17 +24,19 @@ _POOLING = (torch.max_pool2d, F.max_pool2d)
 _ACTIVATIONS = (torch.relu, Tensor.relu, F.relu, F.leaky_relu)
 
 
-def _replacements(second_order: bool) -> dict[Any, Callable[..., Any]]:
+def _replacements(
+    second_order: bool, known: KnownGradients | None
+) -> dict[Any, Callable[..., Any]]:
     convolutions = enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1)
     return {
         **{f: partial(max_pool2d, f, second_order) for f in _POOLING},
-        **{f: partial(convolution, f, count, second_order) for count, f in convolutions},
+        **{f: partial(convolution, f, count, second_order, known) for count, f in convolutions},
         **{f: partial(view, f) for f in (Tensor.view, Tensor.view_as)},
     }
 
 
 # By whether gradients of gradients will be asked for.
-_REPLACEMENTS = {second_order: _replacements(second_order) for second_order in (False, True)}
+_REPLACEMENTS = {second_order: _replacements(second_order, None) for second_order in (False, True)}
 
 # Values of the inputs that a model is called with; below, Python takes longer than is saved.
 _WORTH_A_MODE = 2_500
@@ -90,9 +93,10 @@ class FastKernels(TorchFunctionMode):
     it is on while a model is called, not during the whole inner loop.
     """
 
-    def __init__(self, second_order: bool) -> None:
+    def __init__(self, second_order: bool, known: KnownGradients | None = None) -> None:
         super().__init__()
-        self.replacements = _REPLACEMENTS[bool(second_order)]
+        order = bool(second_order)
+        self.replacements = _REPLACEMENTS[order] if known is None else _replacements(order, known)
         self.activated: _Activated | None = None  # by the very last call
 
     def __torch_function__(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mamlpp_ext.kernels import FastKernels, worth_it
+from mamlpp_ext.known_gradients import KnownGradients
 from mamlpp_ext.layout import channels_last, in_default_layout
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.rematerialize import Shelf, rematerialized
@@ -68,7 +69,8 @@ class TaskLoop:
             adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
         losses, tape = [], Tape()
         weights = sum(tensor.numel() for tensor in adapted.values())
-        shelf = Shelf(weights * (len(counted) - 1)) if self.rematerialize else None
+        # A step's weights, and nearly as much of their gradients.
+        shelf = Shelf(2 * weights * (len(counted) - 1)) if self.rematerialize else None
         for step, counts in enumerate(counted):
             one_step = _Step(self, step, counts, data, single)
             if shelf is not None and torch.is_grad_enabled():
@@ -76,6 +78,8 @@ class TaskLoop:
                 captured = [*self.captured, *learned]
                 # The last step's graph is kept: the backward begins with it.
                 to = None if step == len(counted) - 1 else shelf
+                if to is not None and self.second_order:
+                    one_step.known = KnownGradients(to.put)
                 outputs = rematerialized(one_step, tuple(adapted.values()), captured, to)
             else:
                 outputs = one_step(*adapted.values())
@@ -92,6 +96,7 @@ class _Step:
 
     Attributes:
         places: the layer and row of each batch statistic among the outputs.
+        known: of a step that will be rebuilt, what need not be computed again.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class _Step:
         self.quick = worth_it(data[0], within=not single)
         self.mode = self._mode()
         self.places: list[tuple[nn.Module, int]] = []
+        self.known: KnownGradients | None = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Returns the updated tensors, the target losses [T], the logits and the statistics.
@@ -114,6 +120,8 @@ class _Step:
                 "backward of a rematerialised task_batch_loss; call backward first"
             )
         self.places = []
+        if self.known is not None:
+            self.known.begin()
         adapted = dict(zip(self.inner.initial, tensors, strict=True))
         x_support, y_support, x_target, y_target = self.data
         tracked = torch.is_grad_enabled()
@@ -124,12 +132,13 @@ class _Step:
             with torch.enable_grad():
                 losses, (_, seen) = self._forward(adapted, x_support, y_support)
                 # No loss depends on another task's weights: the sum's gradient is each one's.
-                grads = torch.autograd.grad(
-                    losses.sum(),
-                    [*adapted.values()],
-                    create_graph=order,
-                    allow_unused=True,
-                )
+                with nullcontext() if self.known is None else self.known.in_the_inner_backward():
+                    grads = torch.autograd.grad(
+                        losses.sum(),
+                        [*adapted.values()],
+                        create_graph=order,
+                        allow_unused=True,
+                    )
             updated = self.inner.lslr.update(
                 adapted, dict(zip(adapted, grads, strict=True)), self.step
             )
@@ -157,7 +166,7 @@ class _Step:
             clock.tape = tape
         try:
             placed = {place: adapted[name] for place, name in self.inner.places.items()}
-            with FastKernels(self.inner.second_order) if self.quick else nullcontext():
+            with FastKernels(self.inner.second_order, self.known) if self.quick else nullcontext():
                 logits = functional_call(self.inner.model, placed, (x,), tie_weights=False)
             if self.quick:
                 logits = in_default_layout(logits, x)
