@@ -138,6 +138,13 @@ def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[b
     return dx, dw, db
 
 
+def _derived_backward(
+    g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]
+) -> Any:
+    apply: Any = _ConvolutionBackward.apply
+    return apply(g, x, w, how, wanted, None)
+
+
 class _Convolution(QuickFunction):
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
@@ -158,12 +165,12 @@ class _Convolution(QuickFunction):
         # Forward mode has torch's own formula; without further derivatives ours would be in vain.
         further = torch.is_grad_enabled() or transforms_active()
         if further and not forward_mode_active():
-            known = slot if slot is not None and wanted[1] and slot.known(w) is not None else None
+            known = slot if slot is not None and slot.is_known(w) else None
             apply: Any = _ConvolutionBackward.apply
             return *apply(g, x, w, how, wanted, known), None
         grads = _backward(g, x, w, how, wanted)
         if slot is not None:
-            slot.learn(grads[1])
+            slot.learn(*grads[1:])
         return *grads, None
 
     @staticmethod
@@ -183,17 +190,21 @@ class _Convolution(QuickFunction):
 class _ConvolutionBackward(QuickFunction):
     """The backward of :class:`_Convolution`; gradients that are not wanted are None.
 
-    That of the weight is not computed where it is ``known``.
+    Those of weight and bias are not computed where they are ``known``.
     """
 
     @staticmethod
     def forward(
         g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool], known: Slot | None
     ) -> Any:
-        if known is None or known.value is None:
+        if known is None:
             return _backward(g, x, w, how, wanted)
-        dx, _, db = _backward(g, x, w, how, (wanted[0], False, wanted[2]))
-        return dx, known.value.detach(), db
+        dw = known.of_weight if wanted[1] else None
+        db = known.of_bias if wanted[2] else None
+        missing = wanted[0], wanted[1] and dw is None, wanted[2] and db is None
+        dx, new_dw, new_db = _backward(g, x, w, how, missing)
+        # Detached, as what is returned becomes a part of the graph.
+        return dx, new_dw if dw is None else dw.detach(), new_db if db is None else db.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -208,6 +219,7 @@ class _ConvolutionBackward(QuickFunction):
         to_g, to_x, to_w = ctx.needs_input_grad[:3]
         within = transforms_active() and not forward_mode_active()
         forward: Any = _Convolution.apply if within else _forward
+        backward: Any = _derived_backward if within else _backward
         parts = []
         if to_g and u is not None:
             parts.append(forward(u, w, s, ctx.how))
@@ -220,13 +232,7 @@ class _ConvolutionBackward(QuickFunction):
         along_x = along_w = None
         if any(wanted):
             at = x if u is None else u, w if v is None else v  # what is None is not read
-            apply: Any = _ConvolutionBackward.apply
-            grads = (
-                apply(g, *at, ctx.how, wanted, None)
-                if within
-                else _backward(g, *at, ctx.how, wanted)
-            )
-            along_x, along_w, _ = grads
+            along_x, along_w, _ = backward(g, *at, ctx.how, wanted)
         return along_g, along_x, along_w, None, None, None
 
     @staticmethod

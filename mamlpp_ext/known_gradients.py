@@ -1,7 +1,7 @@
 """What a rematerialised step has found out of its inner gradients, for when it is rebuilt.
 
-The gradients of the convolutions' weights are a third of a step's arithmetic and as small as the
-weights. Rebuilding the step wants their graph, not their values: these it has had before.
+The gradients of the convolutions' weights and biases are a third of a step's arithmetic, and as
+small as these are. Rebuilding the step wants their graph; it has had their values before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class KnownGradients:
-    """The gradients of the weights of a step's convolutions, by the order of their calls.
+    """The gradients of the weights and biases of a step's convolutions, in the order of the calls.
 
     Args:
         keep: returns a copy of a tensor in memory that may be held for long.
@@ -43,7 +43,7 @@ class KnownGradients:
             self.inner_backward = False
 
     def of_this_call(self) -> Slot:
-        """Returns where the weight gradient of the convolution that is called now belongs."""
+        """Returns where the gradients of the convolution that is called now belong."""
         if self.calls == len(self.slots):
             self.slots.append(Slot(self))
         self.calls += 1
@@ -51,19 +51,25 @@ class KnownGradients:
 
 
 class Slot:
-    """The weight gradient of one call of a convolution, once it is known."""
+    """The gradients of one call of a convolution, once they are known.
+
+    Attributes:
+        of_weight: of the weight's shape, or None.
+        of_bias: of the bias's shape, or None.
+    """
 
     def __init__(self, step: KnownGradients) -> None:
         self.step = step
-        self.value: Tensor | None = None
+        self.of_weight: Tensor | None = None
+        self.of_bias: Tensor | None = None
 
-    def known(self, weight: Tensor) -> Tensor | None:
-        """Returns it, if this is when it was computed before."""
-        if not self.step.inner_backward or self.value is None or self.value.shape != weight.shape:
-            return None
-        return self.value
+    def is_known(self, weight: Tensor) -> bool:
+        """Returns whether this is when they were computed before."""
+        there = self.of_weight is not None and self.of_weight.shape == weight.shape
+        return self.step.inner_backward and there
 
-    def learn(self, gradient: Tensor | None) -> None:
-        """Keeps it, if it is the inner one and has no graph, as in a step's first run."""
-        if self.step.inner_backward and gradient is not None and not torch.is_grad_enabled():
-            self.value = self.step.keep(gradient)
+    def learn(self, of_weight: Tensor | None, of_bias: Tensor | None) -> None:
+        """Keeps them, if they are the inner ones and have no graph, as in a step's first run."""
+        if self.step.inner_backward and not torch.is_grad_enabled():
+            kept = [None if t is None else self.step.keep(t) for t in (of_weight, of_bias)]
+            self.of_weight, self.of_bias = kept
