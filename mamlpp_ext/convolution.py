@@ -35,14 +35,13 @@ from mamlpp_ext.quick_function import (
 )
 
 # Values of the output, before strides; below, Python would take longer than is saved.
-_WORTH_A_FUNCTION = 100_000
+_WORTH_A_FUNCTION = 50_000
 
 
 class Geometry(NamedTuple):
     """The settings of a convolution: one number for every spatial dimension, and the groups.
 
-    Whether gradients of its gradients will be asked for, and where its weight's belongs, if that
-    may be known already.
+    And whether gradients of its gradients will be asked for, and where these may be known already.
     """
 
     stride: tuple[int, ...]
@@ -121,7 +120,7 @@ def _forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
 
 def _quickest(x: Tensor, w: Tensor, how: Geometry) -> Any:
     # torch's own convolution has no derivatives within vmap for what lies channels_last (2.13).
-    ours = transforms_active() or (how.second_order and _worth_it(x, w))
+    ours = transforms_active() or how.slot or (how.second_order and _worth_it(x, w))
     return _Convolution.apply if ours else _forward
 
 
@@ -136,13 +135,6 @@ def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[b
     # Beside the others it takes up to half of their time (torch 2.13), by itself a third of that.
     db = g.sum([0, *range(2, g.dim())]) if to_b else None
     return dx, dw, db
-
-
-def _derived_backward(
-    g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]
-) -> Any:
-    apply: Any = _ConvolutionBackward.apply
-    return apply(g, x, w, how, wanted, None)
 
 
 class _Convolution(QuickFunction):
@@ -195,7 +187,12 @@ class _ConvolutionBackward(QuickFunction):
 
     @staticmethod
     def forward(
-        g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool], known: Slot | None
+        g: Tensor,
+        x: Tensor,
+        w: Tensor,
+        how: Geometry,
+        wanted: Sequence[bool],
+        known: Slot | None = None,
     ) -> Any:
         if known is None:
             return _backward(g, x, w, how, wanted)
@@ -219,7 +216,7 @@ class _ConvolutionBackward(QuickFunction):
         to_g, to_x, to_w = ctx.needs_input_grad[:3]
         within = transforms_active() and not forward_mode_active()
         forward: Any = _Convolution.apply if within else _forward
-        backward: Any = _derived_backward if within else _backward
+        backward: Any = _ConvolutionBackward.apply if within else _backward
         parts = []
         if to_g and u is not None:
             parts.append(forward(u, w, s, ctx.how))
@@ -237,14 +234,14 @@ class _ConvolutionBackward(QuickFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        g, x, w, how, wanted, known = inputs
+        g, x, w, how, wanted, *known = inputs
         size = info.batch_size
         apply: Any = _ConvolutionBackward.apply
         grads = apply(
             *all_folded((g, x, w), in_dims, size, (1, 1, 0)),
             how._replace(groups=how.groups * size),
             wanted,
-            known,
+            *known,
         )
         unfolded = [
             (None, None) if t is None else (t.unflatten(dim, (size, -1)), dim)

@@ -13,6 +13,33 @@ import torch
 from torch import Tensor
 
 
+class Slot:
+    """The gradients of one call of a convolution, once they are known.
+
+    Attributes:
+        now: whether a step's inner backward is running, as the item of a list that all share; a
+            slot that held what it belongs to would keep both alive.
+        of_weight: of the weight's shape, or None.
+        of_bias: of the bias's shape, or None.
+    """
+
+    def __init__(self, now: list[bool], keep: Callable[[Tensor], Tensor]) -> None:
+        self.now, self.keep = now, keep
+        self.of_weight: Tensor | None = None
+        self.of_bias: Tensor | None = None
+
+    def is_known(self, weight: Tensor) -> bool:
+        """Returns whether this is when they were computed before."""
+        there = self.of_weight is not None and self.of_weight.shape == weight.shape
+        return self.now[0] and there
+
+    def learn(self, of_weight: Tensor | None, of_bias: Tensor | None) -> None:
+        """Keeps them, if they are the inner ones and have no graph, as in a step's first run."""
+        if self.now[0] and not torch.is_grad_enabled():
+            kept = [None if t is None else self.keep(t) for t in (of_weight, of_bias)]
+            self.of_weight, self.of_bias = kept
+
+
 class KnownGradients:
     """The gradients of the weights and biases of a step's convolutions, in the order of the calls.
 
@@ -22,13 +49,20 @@ class KnownGradients:
 
     def __init__(self, keep: Callable[[Tensor], Tensor]) -> None:
         self.keep = keep
+        self.now = [False]
         self.slots: list[Slot] = []
         self.calls = 0
-        self.inner_backward = False
 
     def begin(self) -> None:
         """The step is run: the next call of a convolution is the first again."""
         self.calls = 0
+
+    def of_this_call(self) -> Slot:
+        """Returns where the gradients of the convolution that is called now belong."""
+        if self.calls == len(self.slots):
+            self.slots.append(Slot(self.now, self.keep))
+        self.calls += 1
+        return self.slots[self.calls - 1]
 
     @contextmanager
     def in_the_inner_backward(self) -> Iterator[None]:
@@ -36,40 +70,8 @@ class KnownGradients:
 
         Only then: the outer backward comes by the same places with other gradients.
         """
-        self.inner_backward = True
+        self.now[0] = True
         try:
             yield
         finally:
-            self.inner_backward = False
-
-    def of_this_call(self) -> Slot:
-        """Returns where the gradients of the convolution that is called now belong."""
-        if self.calls == len(self.slots):
-            self.slots.append(Slot(self))
-        self.calls += 1
-        return self.slots[self.calls - 1]
-
-
-class Slot:
-    """The gradients of one call of a convolution, once they are known.
-
-    Attributes:
-        of_weight: of the weight's shape, or None.
-        of_bias: of the bias's shape, or None.
-    """
-
-    def __init__(self, step: KnownGradients) -> None:
-        self.step = step
-        self.of_weight: Tensor | None = None
-        self.of_bias: Tensor | None = None
-
-    def is_known(self, weight: Tensor) -> bool:
-        """Returns whether this is when they were computed before."""
-        there = self.of_weight is not None and self.of_weight.shape == weight.shape
-        return self.step.inner_backward and there
-
-    def learn(self, of_weight: Tensor | None, of_bias: Tensor | None) -> None:
-        """Keeps them, if they are the inner ones and have no graph, as in a step's first run."""
-        if self.step.inner_backward and not torch.is_grad_enabled():
-            kept = [None if t is None else self.step.keep(t) for t in (of_weight, of_bias)]
-            self.of_weight, self.of_bias = kept
+            self.now[0] = False

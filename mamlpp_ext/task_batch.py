@@ -70,9 +70,10 @@ def task_batch_loss(
         aggregate: from step losses [T, num_steps] to a loss for each task, [T]:
             :class:`MultiStepLoss`, or any function; None is the final step's loss.
         second_order: whether to differentiate through the inner gradients.
-        rematerialize: keep only each step's weights and rebuild its graph in the backward: memory
-            nearly flat in ``num_steps``, for more time. Gradients then reach the model, the rates
-            and the batch, not tensors that ``loss_fn`` closes over, and have no graph themselves.
+        rematerialize: keep only each step's weights, and gradients as large, and rebuild its graph
+            in the backward: memory nearly flat in ``num_steps``, for more time. Gradients then
+            reach the model, the rates and the batch, not tensors that ``loss_fn`` closes over, and
+            have no graph themselves.
         chunk_size: how many tasks at once; None for all. The gradients of a chunk are taken before
             the next begins, so memory is that of one chunk at no cost in time; they then reach and
             are limited as with ``rematerialize``. ``aggregate`` is applied to each chunk.

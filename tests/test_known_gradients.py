@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from mamlpp_ext import convolution as convolutions
-from mamlpp_ext.known_gradients import KnownGradients, Slot
+from mamlpp_ext.known_gradients import KnownGradients
 
 pytestmark = pytest.mark.usefixtures("float64")
 STEPS, TASKS = 3, 2
@@ -142,6 +144,26 @@ def test_when_they_are_known() -> None:
     step.begin()
     assert step.of_this_call() is slot
     with torch.no_grad():
-        other = Slot(step)
+        other = step.of_this_call()
         other.learn(weight, None)  # of another backward
     assert other.of_weight is None
+
+
+def test_they_go_with_the_graph(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at Python's next collection of garbage: they are as large as the weights."""
+    held: list[Any] = []
+    real = KnownGradients.of_this_call
+
+    def seen(self: KnownGradients) -> Any:
+        slot = real(self)
+        held.append(weakref.ref(slot))
+        return slot
+
+    monkeypatch.setattr(KnownGradients, "of_this_call", seen)
+    gc.disable()
+    try:
+        gradients(Net(), batch, rematerialize=True)
+        assert held
+        assert not any(slot() for slot in held)
+    finally:
+        gc.enable()
