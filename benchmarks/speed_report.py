@@ -56,6 +56,8 @@ def table(found: dict[str, Any]) -> str:
     for record in found["records"]:
         of_kind.setdefault(record["kind"], []).append(record)
     ways, memory = found["memory_ways"], of_kind.get("memory", [])
+    # A peak is a process's own, which measurements on a GPU share.
+    of_process = found["device"] == "cpu"
     parts = [
         [
             f"Command: `{found['command']}` ({found['minutes']:.1f} minutes). "
@@ -77,10 +79,10 @@ def table(found: dict[str, Any]) -> str:
         ),
         _rows(
             "peak memory | ratio of peaks | ratio of increases | increases, MB | goal | ",
-            _memory_rows(memory),
+            _memory_rows(memory) if of_process else [],
         ),
-        _all_memory(memory, "steps", f"K, {ways}-way, {found['memory_tasks']} tasks"),
-        _all_memory(memory, "tasks", f"tasks, {ways}-way, K = 5"),
+        _all_memory(memory, "steps", f"K, {ways}-way, {found['memory_tasks']} tasks", of_process),
+        _all_memory(memory, "tasks", f"tasks, {ways}-way, K = 5", of_process),
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
@@ -133,7 +135,7 @@ def _verdict(value: float, goal: float | None) -> str:
     """Two cells: the goal and whether it is met."""
     if goal is None:
         return " | "
-    return f"≤ {goal:.2f} | {'met' if value <= goal else '**missed**'}"
+    return f"≤ {goal:.3f} | {'met' if value <= goal else '**missed**'}"
 
 
 def _memory_rows(records: list[Record]) -> Iterator[str]:
@@ -169,29 +171,29 @@ def _added(record: Record) -> float:
     return (record["bytes_peak"] - record["bytes_before"]) / MEGABYTE
 
 
-def _all_memory(records: list[Record], over: str, title: str) -> list[str]:
-    """A line for each contender, a column for each K or T: increase (peak), seconds."""
+def _all_memory(records: list[Record], over: str, title: str, peaks: bool) -> list[str]:
+    """A line for each contender, a column for each K or T: increase (peak), milliseconds."""
     chosen = [r for r in records if r["kind"] == "memory" and over in r]
     if not chosen:
         return []
     places = sorted({r[over] for r in chosen})
     lines = [
-        f"| MB added (peak), ms; over {title} | {' | '.join(map(str, places))} |",
+        f"| MB added{' (peak)' if peaks else ''}, ms; over {title} | {' | '.join(map(str, places))} |",
         "|---" * (len(places) + 1) + "|",
     ]
     for name in dict.fromkeys(r["name"] for r in chosen):
         row = {r[over]: r for r in chosen if r["name"] == name}
-        lines.append(f"| {name} | {' | '.join(_cell(row.get(place)) for place in places)} |")
+        lines.append(f"| {name} | {' | '.join(_cell(row.get(place), peaks) for place in places)} |")
     return lines
 
 
-def _cell(record: Record | None) -> str:
+def _cell(record: Record | None, peaks: bool = True) -> str:
     if record is None:
         return "-"
     if "failed" in record:
         return "too long" if "not done within" in record["failed"] else "failed"
-    peak = record["bytes_peak"] / MEGABYTE
-    return f"{_added(record):.0f} ({peak:.0f}), {1e3 * record['seconds']:.0f}"
+    peak = f" ({record['bytes_peak'] / MEGABYTE:.0f})" if peaks else ""
+    return f"{_added(record):.0f}{peak}, {1e3 * record['seconds']:.0f}"
 
 
 def draw(records: list[Record], path: Path) -> None:

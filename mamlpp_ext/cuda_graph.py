@@ -13,6 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def check_on_one_gpu(batch: Sequence[Tensor]) -> None:
 def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """Returns what replays ``run``, and what it returned: the same tensors after every replay."""
     device = torch.cuda.current_device()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     # Weights that autocast has cast once would be those of the capture for ever.
@@ -111,9 +112,15 @@ def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: one that pins the memory of the next batch would end the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = run()
     return graph.replay, outputs
+
+
+@lru_cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    # One for all captures: torch keeps a workspace of its libraries for every stream, 67 MB.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _run_without_waiting(run: Callable[[], Any]) -> None:

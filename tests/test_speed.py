@@ -128,17 +128,18 @@ def test_report(tmp_path: Path) -> None:
     begin, end = speed_report.markers("cpu")
     readme.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     text = speed_report.write(tmp_path, readme)
-    assert "| good (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 | ≤ 0.70 | met |" in text
-    assert "| bad (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 | ≤ 0.40 | **missed** |" in text
+    assert "| good (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 | ≤ 0.700 | met |" in text
+    assert "| bad (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 | ≤ 0.400 | **missed** |" in text
     assert "| any (fast) | 0.500 (0.500 to 0.650) | 1000 / 1250 |  |  |" in text
     assert "| a | 2 | 3 | 500.0 |" in text
-    row = "| rematerialised / plain, K = 20 | 0.333 | 0.200 | 100 / 500 | ≤ 0.30 | **missed** |"
+    row = "| rematerialised / plain, K = 20 | 0.333 | 0.200 | 100 / 500 | ≤ 0.300 | **missed** |"
     assert row in text
-    row = "| rematerialised, K = 50 / K = 5 | 1.600 | 2.800 | 140 / 50 | ≤ 1.50 | **missed** |"
+    row = "| rematerialised, K = 50 / K = 5 | 1.600 | 2.800 | 140 / 50 | ≤ 1.500 | **missed** |"
     assert row in text
     assert "authors' code" not in text
     assert "layout" not in text
     assert "| MAML in higher | - | - | too long |" in text
+    assert "| MB added (peak), ms; over K, 5-way, 4 tasks | 5 | 20 | 50 |" in text
     assert (tmp_path / "speed.png").stat().st_size > 1000
     written = readme.read_text()
     assert written.startswith(f"above\n{begin}\nCommand: ")
@@ -147,6 +148,10 @@ def test_report(tmp_path: Path) -> None:
     assert speed_report.write(tmp_path, readme) == text
     assert readme.read_text() == written  # twice is once
 
+    on_gpu = speed_report.table({**about, "device": "cuda", "records": records})
+    assert "| MB added, ms; over K, 5-way, 4 tasks | 5 | 20 | 50 |" in on_gpu
+    assert "| MAML++ in rematerialised | 50, 500 | 100, 500 | 140, 500 |" in on_gpu
+    assert "peak" not in on_gpu
     (tmp_path / "speed.json").write_text(json.dumps({**about, "device": "cuda", "records": []}))
     with pytest.raises(ValueError, match="lacks the markers <!-- speed-gpu:begin -->"):
         speed_report.write(tmp_path, readme)
