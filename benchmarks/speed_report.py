@@ -177,8 +177,9 @@ def _all_memory(records: list[Record], over: str, title: str, peaks: bool) -> li
     if not chosen:
         return []
     places = sorted({r[over] for r in chosen})
+    memory = "MB added (peak)" if peaks else "MB added"
     lines = [
-        f"| MB added{' (peak)' if peaks else ''}, ms; over {title} | {' | '.join(map(str, places))} |",
+        f"| {memory}, ms; over {title} | {' | '.join(map(str, places))} |",
         "|---" * (len(places) + 1) + "|",
     ]
     for name in dict.fromkeys(r["name"] for r in chosen):
