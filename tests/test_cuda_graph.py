@@ -9,6 +9,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,3 +233,20 @@ def test_asked_for_where_it_cannot_be(net: nn.Module, lslr: mpp.LSLR, tasks: Any
         make(net, lslr, cuda_graph=True, process_group=object())
     with pytest.raises(ValueError, match="batch must hold at least one task"):
         make(net, lslr, cuda_graph=True)(*[t[:0] for t in tasks])
+
+
+def test_distributed_data_parallel_goes_around_it(case: Case, tasks: Any, tmp_path: Path) -> None:
+    store = f"file://{tmp_path}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(case.graphed)
+        for batch in (tasks, [t.flip(0) for t in tasks]):
+            grads = []
+            for module in (parallel, case.plain):
+                module.zero_grad()
+                module(*batch).loss.backward()
+                grads.append([p.grad for p in module.parameters()])
+            torch.testing.assert_close(*grads)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert case.graphed._captured is not None
