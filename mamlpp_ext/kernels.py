@@ -40,8 +40,8 @@ _REPLACEMENTS = {second_order: _replacements(second_order, None) for second_orde
 
 # Values of the inputs that a model is called with; below, Python takes longer than is saved.
 _WORTH_A_MODE = 2_500
-# Values of an activation's input; below, it is in the cache anyway.
-_WORTH_COMMUTING = 1_500_000
+# Values of an activation's input; below, it and its backwards are quick anyway.
+_WORTH_COMMUTING = 200_000
 
 
 def worth_it(*inputs: Any, within: bool | None = None) -> bool:
