@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from mamlpp_ext import __main__ as command
-from mamlpp_ext import gather
+from mamlpp_ext import cuda_graph, gather
 from mamlpp_ext.benchmark import measure
 from mamlpp_ext.benchmark.question import Question, check_logits
 
@@ -59,6 +59,28 @@ def frozen() -> nn.Module:
 def without_gpu(net: nn.Module) -> None:
     with mock.patch.object(torch.cuda, "is_available", return_value=False):
         Question("module:model", (3,), device="cuda")
+
+
+def graphed(net: Net, **settings: Any) -> mpp.TaskBatchLoss:
+    return mpp.TaskBatchLoss(
+        net, mpp.LSLR(net, 5), F.cross_entropy, num_steps=5, cuda_graph=True, **settings
+    )
+
+
+def wait_for_the_gpu(net: Net) -> None:
+    """As a warm-up does where the model or the loss asks for a number."""
+
+    def run() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with (
+        mock.patch.object(torch.cuda, "get_sync_debug_mode", return_value=0),
+        mock.patch.object(torch.cuda, "set_sync_debug_mode") as chosen,
+    ):
+        try:
+            cuda_graph._run_without_waiting(run)
+        finally:
+            assert [call.args for call in chosen.mock_calls] == [("error",), (0,)]
 
 
 def with_layer(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -750,6 +772,26 @@ OUTSIDE: dict[str, Row] = {
         lambda n: Question("module:model", (20,), channels_last=True),
         ValueError,
         ("channels_last is a layout of images [C, H, W]", "(20,)", "leave it out"),
+    ),
+    "CUDA graph, rematerialised": (
+        lambda n: graphed(n, rematerialize=True),
+        ValueError,
+        ("cuda_graph=True cannot capture", "rematerialize=True", "leave one of them out"),
+    ),
+    "CUDA graph, several processes": (
+        lambda n: graphed(n, process_group=object()),
+        ValueError,
+        ("cuda_graph=True cannot capture", "a process_group", "leave one of them out"),
+    ),
+    "CUDA graph, on the CPU": (
+        lambda n: graphed(n)(*batch()),
+        ValueError,
+        ("on one GPU", "['cpu']", "move them there, or leave cuda_graph out"),
+    ),
+    "CUDA graph, waiting": (
+        wait_for_the_gpu,
+        RuntimeError,
+        ("cannot be captured", "called a synchronizing", ".item()", "leave cuda_graph out"),
     ),
     "benchmark, no GPU": (
         without_gpu,
