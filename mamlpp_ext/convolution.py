@@ -93,7 +93,7 @@ def convolution(
     if not all(isinstance(value, (int, tuple, list)) for value in how):  # padding="same"
         return function(x, weight, bias, *how, groups)  # type: ignore[no-any-return]
     strides, paddings, dilations = (_each(value, count) for value in how)
-    slot = None if known is None else known.of_this_call()
+    slot = None if known is None else known.next_slot()
     geometry = Geometry(strides, paddings, dilations, groups, second_order, slot)
     apply: Any = _Convolution.apply
     return apply(x, weight, bias, geometry)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""A meta-loss and its gradients as a CUDA graph: one launch in place of thousands.
+"""A meta-loss and its gradients as a CUDA graph: a few launches in place of thousands.
 
 A small network's iteration is thousands of kernels of some microseconds each, and launching them
 one by one takes ten times as long as they run (measured; ``benchmarks/README.md``).
@@ -13,7 +13,6 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,17 +30,20 @@ class Captured:
         compute: ``(module, batch)`` to a tuple of tensors, the loss first.
         module: what it is called with, or rather with a copy of.
         batch: tasks, on a GPU.
-        part_of_it: what is fixed in it, for whoever holds it to compare.
+        key: what is fixed in it, for whoever holds it to compare.
+
+    Attributes:
+        twin: the copy. It has to live as long: what else it holds is read by the graph.
 
     Raises:
         RuntimeError: if something in it waits for the GPU. Nothing has changed then.
     """
 
     def __init__(
-        self, compute: Compute, module: nn.Module, batch: Sequence[Tensor], part_of_it: Any
+        self, compute: Compute, module: nn.Module, batch: Sequence[Tensor], key: Any
     ) -> None:
-        self.part_of_it = part_of_it
-        twin = _twin(module)
+        self.key = key
+        self.twin = twin = _twin(module)
         self.inputs = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in batch)
         wanted = [t for t in (*twin.parameters(), *self.inputs) if t.requires_grad]
 
@@ -71,60 +73,91 @@ class Captured:
         return type(None), ()  # a copy of the module that holds it captures for itself
 
 
-def part_of_a_graph(module: nn.Module, batch: Sequence[Tensor]) -> tuple[Any, ...]:
+def graph_key(module: nn.Module, batch: Sequence[Tensor]) -> tuple[Any, ...]:
     """Returns what a graph holds fixed: where any of it is another, so must be the graph."""
-    tensors = [*module.parameters(), *module.buffers()]
-    attributes = [pair for layer in module.modules() for pair in vars(layer).items()]
+    layers = list(module.modules())
     return (
-        [(t.shape, t.dtype, t.device, t.requires_grad) for t in batch],
-        [(t.data_ptr(), t.requires_grad) for t in tensors],
-        # train or eval, a dropout's p, ...
-        [pair for pair in attributes if isinstance(pair[1], (bool, int, float, str))],
+        [_description(t) for t in batch],
+        [(t.data_ptr(), *_description(t)) for t in (*module.parameters(), *module.buffers())],
+        [(id(layer), type(layer)) for layer in layers],
+        [plain_attributes(layer) for layer in layers],  # train or eval, a dropout's p, ...
         torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
     )
 
 
-def check_on_one_gpu(batch: Sequence[Tensor]) -> None:
-    """Says where the batch is, if not on one GPU.
+def plain_attributes(thing: object) -> list[tuple[str, Any]]:
+    """Returns the attributes of an object that are numbers, words, or tuples of such."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, tuple):
+            return all(map(is_plain, value))
+        return isinstance(value, (bool, int, float, str))
+
+    return [(name, value) for name, value in vars(thing).items() if is_plain(value)]
+
+
+def _description(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+
+
+def check_on_one_gpu(module: nn.Module, batch: Sequence[Tensor]) -> None:
+    """Says where model and batch are, if not on one GPU.
 
     Raises:
-        ValueError: if it is elsewhere.
+        ValueError: if they are elsewhere.
     """
-    devices = sorted({str(t.device) for t in batch})
+    tensors = (*module.parameters(), *module.buffers(), *batch)
+    devices = sorted({str(t.device) for t in tensors})
     if len(devices) > 1 or not batch[0].is_cuda:
         raise ValueError(
-            f"cuda_graph=True needs model and batch on one GPU, got a batch on {devices}; move "
-            "them there, or leave cuda_graph out"
+            f"cuda_graph=True needs model, rates and batch on one GPU, got {devices}; move them "
+            "there, or leave cuda_graph out"
         )
 
 
 def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """Returns what replays ``run``, and what it returned: the same tensors after every replay."""
     device = torch.cuda.current_device()
-    stream = _side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream())
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     # Weights that autocast has cast once would be those of the capture for ever.
     with torch.autocast("cuda", autocast[1], autocast[0], cache_enabled=False):
-        with torch.cuda.stream(stream), torch.random.fork_rng([device]):
+        with _on_a_side_stream(), torch.random.fork_rng([device]):
             run()  # torch's libraries set themselves up
             _run_without_waiting(run)
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        _forget_workspaces()
         # Of this thread alone: one that pins the memory of the next batch would end the capture.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = run()
+        _forget_workspaces()
     return graph.replay, outputs
 
 
-@lru_cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    # One for all captures: torch keeps a workspace of its libraries for every stream, 67 MB.
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+@contextmanager
+def _on_a_side_stream() -> Iterator[None]:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def _forget_workspaces() -> None:
+    """Lets torch make new workspaces of its libraries for each stream.
+
+    It keeps one for every stream, 67 MB. A graph is to have its own, in its own memory: one that it
+    shared with another graph would be gone with that.
+    """
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if forget is not None:
+        forget()
 
 
 def _run_without_waiting(run: Callable[[], Any]) -> None:
-    # Found before the capture: one that fails leaves torch's random numbers unusable (2.11).
+    # Found before the capture: one that fails leaves torch's random numbers unusable (2.11). For
+    # this time no thread of the process may wait for the GPU.
     before = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():
@@ -132,6 +165,8 @@ def _run_without_waiting(run: Callable[[], Any]) -> None:
             torch.cuda.set_sync_debug_mode("error")
         run()
     except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
         raise RuntimeError(
             f"the meta-loss cannot be captured as a CUDA graph: {error}. Nothing in the model, "
             "loss_fn or aggregate may wait for the GPU, as .item(), .tolist(), printing and "
@@ -157,9 +192,13 @@ def _twin(module: nn.Module) -> nn.Module:
     """Returns a copy with parameters of its own over the same memory, and the same buffers.
 
     Gradients are taken by the copy's parameters: where those of the originals arrive is a matter of
-    any graph of them that is still alive, which may be on a stream that cannot be captured.
+    any graph of them that is still alive, which may be on a stream that cannot be captured. Other
+    tensors and functions that a module holds are the copy's, too.
     """
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    memo: dict[int, Any] = {}
+    for layer in module.modules():
+        others = [v for v in vars(layer).values() if isinstance(v, Tensor) or callable(v)]
+        memo.update({id(value): value for value in (*layer._buffers.values(), *others)})
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
     return copy.deepcopy(module, memo)

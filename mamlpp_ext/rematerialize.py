@@ -27,7 +27,7 @@ class Shelf:
         self.blocks: dict[torch.dtype, tuple[Tensor, int]] = {}
 
     def put(self, tensor: Tensor) -> Tensor:
-        """Returns a copy, in the same layout."""
+        """Returns a copy, in the same layout; on a GPU the tensor itself."""
         if tensor.device.type != "cpu":
             return tensor
         block, used = self.blocks.get(tensor.dtype, (tensor.new_empty(0), 0))

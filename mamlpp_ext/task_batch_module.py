@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.cuda_graph import Captured, check_on_one_gpu, part_of_a_graph
+from mamlpp_ext.cuda_graph import Captured, check_on_one_gpu, graph_key, plain_attributes
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.multi_step_loss import MultiStepLoss
+from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import clocks_of
 from mamlpp_ext.task_batch import Aggregate, Batch, TaskBatchResult, check_batch, task_batch_loss
 from mamlpp_ext.task_loop import Loss
@@ -43,12 +43,15 @@ class TaskBatchLoss(nn.Module):
         process_group: likewise.
         cuda_graph: on a GPU, capture the forward with its gradients in a CUDA graph and launch that
             from then on, for tasks of the same shape: many times as fast where a network is small.
-            What changes the computation (``second_order``, the weights of a
-            :class:`MultiStepLoss`, train and eval, other shapes) captures anew, which takes some
-            tenths of a second. The model, ``loss_fn`` and ``aggregate`` may not wait for the GPU
-            (``.item()``), and should read what is not a parameter, buffer or plain attribute only
-            where it stays as it is. Gradients are limited as with ``rematerialize``. Not together
-            with that or ``process_group``; ``DistributedDataParallel`` without one works.
+            The graph's memory is kept. What changes the computation (``second_order``, the weights
+            of a :class:`MultiStepLoss`, train and eval, other shapes, an attribute of a layer)
+            captures anew, which takes some tenths of a second. Whatever else the model,
+            ``loss_fn`` or ``aggregate`` read, such as globals and torch's own settings, is fixed
+            when it is captured; their Python and hooks run then alone, three times, on a copy of
+            the model. They may not wait for the GPU (``.item()``). Gradients are limited as with
+            ``rematerialize``. Not together with that, nor with ``process_group``: in
+            ``DistributedDataParallel`` gradients are averaged, and every process keeps, or takes
+            from the first, statistics of its share.
 
     Raises:
         ValueError: if ``lslr`` was made for another model, or ``cuda_graph`` is asked for together
@@ -147,15 +150,21 @@ class TaskBatchLoss(nn.Module):
 
     def _replayed(self, batch: Batch, second_order: bool) -> TaskBatchResult:
         check_batch(batch)
-        check_on_one_gpu(batch)
-        weights = None
-        if isinstance(self.aggregate, MultiStepLoss):
-            weights = self.aggregate.weights.tolist()
+        check_on_one_gpu(self, batch)
         frozen = [clock.frozen for clock in clocks_of(self)]
-        said = (second_order, weights, frozen, self.loss_fn)
-        part_of_it = (*said, *part_of_a_graph(self, batch))
-        if self._captured is None or self._captured.part_of_it != part_of_it:
+        functions = (self.loss_fn, *_what_it_does(self.aggregate))
+        key = (second_order, frozen, functions, *graph_key(self, batch))
+        if self._captured is None or self._captured.key != key:
             self._captured = None  # or its memory is still taken when the next is captured
             compute = partial(TaskBatchLoss._computed, second_order=second_order)
-            self._captured = Captured(compute, self, batch, part_of_it)
+            self._captured = Captured(compute, self, batch, key)
         return TaskBatchResult(*self._captured(self, batch))
+
+
+def _what_it_does(aggregate: Aggregate | None) -> tuple[Any, ...]:
+    """Returns what changes if the aggregate computes something else."""
+    if isinstance(aggregate, MultiStepLoss):
+        return (aggregate.weights.tolist(),)  # not the epoch: once annealed, they stay
+    if aggregate is None or isinstance(aggregate, FinalStepLoss):
+        return ()
+    return aggregate, plain_attributes(aggregate) if hasattr(aggregate, "__dict__") else ()

@@ -70,7 +70,8 @@ class TaskLoop:
         losses, tape = [], Tape()
         weights = sum(tensor.numel() for tensor in adapted.values())
         # A step's weights, and nearly as much of their gradients.
-        shelf = Shelf(2 * weights * (len(counted) - 1)) if self.rematerialize else None
+        each = 2 * weights if self.second_order else weights
+        shelf = Shelf(each * (len(counted) - 1)) if self.rematerialize else None
         for step, counts in enumerate(counted):
             one_step = _Step(self, step, counts, data, single)
             if shelf is not None and torch.is_grad_enabled():
@@ -114,14 +115,7 @@ class _Step:
 
         For a single task they are without the dimension T.
         """
-        if self._mode() != self.mode:  # rebuilding the step would compute something else
-            raise RuntimeError(
-                "the model was switched between train, eval or frozen_statistics before the "
-                "backward of a rematerialised task_batch_loss; call backward first"
-            )
-        self.places = []
-        if self.known is not None:
-            self.known.begin()
+        self._begin()
         adapted = dict(zip(self.inner.initial, tensors, strict=True))
         x_support, y_support, x_target, y_target = self.data
         tracked = torch.is_grad_enabled()
@@ -131,17 +125,8 @@ class _Step:
         with placed_at(clocks, self.step), of_order(clocks, order):
             with torch.enable_grad():
                 losses, (_, seen) = self._forward(adapted, x_support, y_support)
-                # No loss depends on another task's weights: the sum's gradient is each one's.
-                with nullcontext() if self.known is None else self.known.in_the_inner_backward():
-                    grads = torch.autograd.grad(
-                        losses.sum(),
-                        [*adapted.values()],
-                        create_graph=order,
-                        allow_unused=True,
-                    )
-            updated = self.inner.lslr.update(
-                adapted, dict(zip(adapted, grads, strict=True)), self.step
-            )
+                grads = self._gradients(losses, adapted, order)
+            updated = self.inner.lslr.update(adapted, grads, self.step)
             # A step that is rebuilt for the gradient needs no target loss without one.
             again, self.again = self.again, True
             if not self.counts and (again or not self.inner.all_step_losses):
@@ -150,6 +135,26 @@ class _Step:
             with torch.set_grad_enabled(tracked and self.counts):
                 losses, (logits, seen_later) = self._forward(updated, x_target, y_target)
         return *updated.values(), losses, logits.detach(), *seen, *seen_later
+
+    def _begin(self) -> None:
+        if self._mode() != self.mode:  # rebuilding the step would compute something else
+            raise RuntimeError(
+                "the model was switched between train, eval or frozen_statistics before the "
+                "backward of a rematerialised task_batch_loss; call backward first"
+            )
+        self.places = []
+        if self.known is not None:
+            self.known.begin()
+
+    def _gradients(
+        self, losses: Tensor, adapted: Params, with_graph: bool
+    ) -> dict[str, Tensor | None]:
+        # No loss depends on another task's weights: the sum's gradient is each one's.
+        with nullcontext() if self.known is None else self.known.in_the_inner_backward():
+            found = torch.autograd.grad(
+                losses.sum(), [*adapted.values()], create_graph=with_graph, allow_unused=True
+            )
+        return dict(zip(adapted, found, strict=True))
 
     def _forward(
         self, adapted: Params, x: Tensor, y: Tensor

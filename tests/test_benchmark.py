@@ -164,11 +164,12 @@ def test_memory_is_that_of_the_process_itself() -> None:
 
 def test_memory_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: its peak begins anew."""
-    reset: list[str] = []
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda name=name: reset.append(name))
+    reset: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     assert measure.in_this_process(max, 1, 2) == 2
-    assert reset == ["empty_cache", "reset_peak_memory_stats"]
+    assert reset == [0, 1]
 
 
 def test_fresh_processes_that_do_not_report() -> None:

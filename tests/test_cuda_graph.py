@@ -9,6 +9,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from mamlpp_ext import cuda_graph, task_batch_module
-from mamlpp_ext.cuda_graph import Captured, part_of_a_graph
+from mamlpp_ext.cuda_graph import Captured
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_batch_module, "check_on_one_gpu", lambda batch: None)
+    monkeypatch.setattr(task_batch_module, "check_on_one_gpu", lambda *tensors: None)
 
 
 def make(net: nn.Module, lslr: mpp.LSLR, **settings: Any) -> mpp.TaskBatchLoss:
@@ -104,9 +105,16 @@ CHANGES: dict[str, Callable[[mpp.TaskBatchLoss], object]] = {
     "what is learned": lambda module: module.model.norm.bias.requires_grad_(False),
     "the memory of a weight": lambda module: module.model.double().float().double(),
     "an attribute": lambda module: setattr(module.model.norm, "momentum", 0.5),
+    "the aggregate": lambda module: setattr(module, "aggregate", latest),
+    "a layer": lambda module: setattr(module.model, "relu", nn.Tanh()),
+    "a tuple": lambda module: setattr(module.model.norm, "_ranks", (2, 3, 4)),
     "the loss": lambda module: setattr(module, "loss_fn", smoothed),
     "a setting": lambda module: setattr(module, "chunk_size", 3),
 }
+
+
+def latest(step_losses: Tensor) -> Tensor:
+    return step_losses[:, -2:].mean(1)
 
 
 def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
@@ -214,14 +222,49 @@ def test_copies_capture_for_themselves(case: Case, tasks: Any) -> None:
     torch.testing.assert_close(twin(*tasks).loss, again(*tasks).loss)
 
 
-def test_an_earlier_graph_that_is_alive_is_no_matter(case: Case, tasks: Any) -> None:
-    """Gradients are taken by parameters of its own, over the same memory."""
+def test_gradients_are_taken_by_parameters_of_its_own(case: Case, tasks: Any) -> None:
+    """Over the same memory: a graph of the model's own that is alive is on another stream."""
     case.graphed(*tasks)
     captured = case.graphed._captured
-    fixed = part_of_a_graph(case.graphed, tasks)
     assert captured is not None
-    assert captured.part_of_it[-len(fixed) :] == fixed
-    assert all(p.grad is None for p in case.graphed.parameters())
+    twin = captured.twin
+    for p, own in zip(case.graphed.parameters(), twin.parameters(), strict=True):
+        assert own is not p
+        assert own.data_ptr() == p.data_ptr()
+    for buffer, same in zip(case.graphed.buffers(), twin.buffers(), strict=True):
+        assert same is buffer
+
+
+class Offset(nn.Module):
+    """Adds a tensor that is neither parameter nor buffer."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.value
+
+
+def test_other_tensors_are_read_where_they_are(
+    net: nn.Module, lslr: mpp.LSLR, anywhere: None, tasks: Any
+) -> None:
+    """Those of a module, of the loss and of the aggregate, though they may change in place."""
+    value, weight, shares = torch.randn(2), torch.rand(2), torch.rand(3)
+    net.add_module("offset", Offset(value))
+    loss_fn = partial(F.cross_entropy, weight=weight)
+    plain = mpp.TaskBatchLoss(net, lslr, loss_fn, num_steps=3, aggregate=shares.__rmatmul__)
+    with mpp.frozen_statistics(net):
+        graphed = mpp.TaskBatchLoss(
+            net, lslr, loss_fn, num_steps=3, aggregate=shares.__rmatmul__, cuda_graph=True
+        )
+        for _ in range(2):
+            torch.testing.assert_close(graphed(*tasks).loss, plain(*tasks).loss)
+            captured = graphed._captured
+            for tensor in (value, weight, shares):
+                tensor.mul_(0.5)
+        torch.testing.assert_close(graphed(*tasks).loss, plain(*tasks).loss)
+    assert graphed._captured is captured
 
 
 def test_a_bad_batch_is_refused_first(case: Case, tasks: Any) -> None:

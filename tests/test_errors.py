@@ -786,7 +786,7 @@ OUTSIDE: dict[str, Row] = {
     "CUDA graph, on the CPU": (
         lambda n: graphed(n)(*batch()),
         ValueError,
-        ("on one GPU", "['cpu']", "move them there, or leave cuda_graph out"),
+        ("on one GPU", "got ['cpu']", "move them there, or leave cuda_graph out"),
     ),
     "CUDA graph, waiting": (
         wait_for_the_gpu,

@@ -94,7 +94,7 @@ def test_derivatives_of_batch_norm(
 def test_derivatives_of_convolution(check: Any, groups: int, tasks: int | None) -> None:
     def convolve(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         how = {"stride": 2, "padding": 1, "groups": groups}
-        return convolution(torch.conv2d, 2, True, x, w, b, **how)
+        return convolution(torch.conv2d, 2, True, None, x, w, b, **how)
 
     shapes = (2, 2, 4, 4), (4, 2 // groups, 3, 3), (4,)
     lead = () if tasks is None else (tasks,)
@@ -193,6 +193,30 @@ def cumulative(net: nn.Module) -> nn.Module:
     return net
 
 
+def test_graphs_do_not_share_memory(model: nn.Module, batch: Any) -> None:
+    """One goes on when another, captured before or after it, is gone."""
+    cases = [Case(copy.deepcopy(model), batch) for _ in range(2)]
+    for case in cases:
+        case.check(case.batches[0])
+    cases[0].check(cases[0].batches[0], second_order=False)  # its first graph is no more
+    torch.cuda.empty_cache()
+    others = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(64)]
+    for case in cases:
+        case.check(case.batches[1], second_order=case is cases[1])
+    assert all(other.isnan().all() for other in others)
+
+
+def test_a_loss_that_holds_a_tensor(model: nn.Module, batch: Any) -> None:
+    weight = torch.rand(5, device="cuda")
+    case = Case(model, batch, loss_fn=partial(F.cross_entropy, weight=weight))
+    case.check(case.batches[0])
+    torch.cuda.empty_cache()
+    others = [torch.full((5,), torch.nan, device="cuda") for _ in range(64)]
+    weight.mul_(2 * torch.rand_like(weight))
+    case.check(case.batches[1])
+    assert all(other.isnan().all() for other in others)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_chunks_in_a_graph(model: nn.Module, batch: Any, chunk_size: int) -> None:
     case = Case(cumulative(model), batch, chunk_size=chunk_size, aggregate=None)
@@ -215,7 +239,8 @@ def test_autocast_in_a_graph(model: nn.Module, batch: Any) -> None:
     with torch.autocast("cuda", torch.bfloat16):
         results = [module(*case.batches[0]) for module in (case.graphed, case.plain)]
     torch.testing.assert_close(*[r.loss for r in results], rtol=1e-2, atol=1e-2)
-    assert case.graphed(*case.batches[0]).loss.dtype == torch.float32
+    assert [r.logits.dtype for r in results] == [torch.bfloat16] * 2
+    assert case.graphed(*case.batches[0]).logits.dtype == torch.float32
 
 
 def test_what_waits_cannot_be_captured(model: nn.Module, batch: Any) -> None:

@@ -130,8 +130,8 @@ def test_when_they_are_known() -> None:
     """Within the inner backward, and of the weight's shape."""
     step = KnownGradients(torch.clone)
     weight = torch.randn(2, 1, 3, 3)
-    slot = step.of_this_call()
-    assert step.of_this_call() is not slot
+    slot = step.next_slot()
+    assert step.next_slot() is not slot
     with step.in_the_inner_backward():
         slot.learn(weight, None)  # has a graph, or could have
         assert not slot.is_known(weight)
@@ -142,9 +142,9 @@ def test_when_they_are_known() -> None:
     assert not slot.is_known(weight)
     assert slot.of_weight is not weight
     step.begin()
-    assert step.of_this_call() is slot
+    assert step.next_slot() is slot
     with torch.no_grad():
-        other = step.of_this_call()
+        other = step.next_slot()
         other.learn(weight, None)  # of another backward
     assert other.of_weight is None
 
@@ -152,14 +152,14 @@ def test_when_they_are_known() -> None:
 def test_they_go_with_the_graph(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not at Python's next collection of garbage: they are as large as the weights."""
     held: list[Any] = []
-    real = KnownGradients.of_this_call
+    real = KnownGradients.next_slot
 
     def seen(self: KnownGradients) -> Any:
         slot = real(self)
         held.append(weakref.ref(slot))
         return slot
 
-    monkeypatch.setattr(KnownGradients, "of_this_call", seen)
+    monkeypatch.setattr(KnownGradients, "next_slot", seen)
     gc.disable()
     try:
         gradients(Net(), batch, rematerialize=True)

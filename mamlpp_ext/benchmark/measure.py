@@ -128,7 +128,8 @@ def in_this_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Returns ``function(*arguments)``, for which the peak of a GPU's memory begins anew."""
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(device)
     return function(*arguments)
 
 
