@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import reference
-from contenders import BATCH, GRAPH, PEERS, Pair, memory_questions, pairs
+from contenders import BATCH, GRAPH, PEERS, Pair, memory_questions, pairs, table_of
 from launches import launches
 from mamlpp_ext.benchmark.__main__ import environment
 from mamlpp_ext.benchmark.measure import alternate, in_fresh_process, in_this_process
@@ -85,13 +85,18 @@ def time_reference(checkout: Path, rounds: int, threads: int) -> Iterator[dict[s
 
 
 def memory_record(
-    name: str, function: Any, *arguments: Any, over: dict[str, int], seconds: float
+    name: str,
+    function: Any,
+    *arguments: Any,
+    over: dict[str, int],
+    seconds: float,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Returns the record of one process: bytes, and the seconds of a warm iteration."""
     record = {"kind": "memory", "name": name, **over}
-    # Of a GPU the tensors alone count, whatever else the process has done.
-    there = any(isinstance(a, Question) and a.device != "cpu" for a in arguments)
-    call = in_this_process if there else partial(in_fresh_process, seconds=seconds)
+    call = partial(in_fresh_process, seconds=seconds)
+    if device != "cpu":  # there the tensors alone count, whatever else the process has done
+        call = in_this_process
     try:
         memory, took = call(function, *arguments)
     except (TimeoutError, RuntimeError) as error:
@@ -144,7 +149,7 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             flags.device, flags.memory_ways, flags.memory_tasks
         ):
             there = replace(question, **fixed)
-            run = partial(memory_record, over=over, seconds=flags.limit)
+            run = partial(memory_record, over=over, seconds=flags.limit, device=flags.device)
             yield run(name, memory_and_time, there, *contender)
 
 
@@ -171,7 +176,7 @@ def command(flags: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = make_parser().parse_args(arguments)
-    flags.out = flags.out or HERE / "results" / ("speed" if flags.device == "cpu" else "speed-gpu")
+    flags.out = flags.out or HERE / "results" / table_of(flags.device)
     flags.out.mkdir(parents=True, exist_ok=True)
     about = {
         "command": command(flags),

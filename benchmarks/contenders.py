@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mamlpp_ext.benchmark.loops import BATCHED, LOOPS
 from mamlpp_ext.benchmark.question import Question
 from problems import PROBLEMS
 
 Contender = tuple[str, str]  # the learner and the loop
-TASK_LOOPS = ("bare torch", "higher", "torchopt")
+TASK_LOOPS = [loop for loop in LOOPS if loop not in BATCHED]
 PLAIN = [("MAML", loop) for loop in TASK_LOOPS]
 PEERS = [("MAML", "higher"), ("MAML", "torchopt")]
-BATCH, REMAT = ("MAML++", "task_batch_loss"), ("MAML++", "rematerialised")
-GRAPH = ("MAML++", "CUDA graph")  # on a GPU alone
+BATCH, REMAT, GRAPH = [("MAML++", loop) for loop in BATCHED]  # the last on a GPU alone
 STEPS, TASKS = (1, 5, 10, 20, 50), (1, 2, 4, 8, 16)
 
 
@@ -77,6 +77,11 @@ def named(contender: Contender) -> str:
     """Returns what a table of ratios calls a contender."""
     learner, loop = contender
     return f"{loop} with {learner}" if contender == BATCH else f"{learner} as a {loop}"
+
+
+def table_of(device: str) -> str:
+    """Returns what a device's folder of results and its place in the README are called."""
+    return "speed" if device == "cpu" else "speed-gpu"
 
 
 def memory_questions(

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
 import reference
+from contenders import table_of
 from mamlpp_ext.benchmark.measure import MEGABYTE, ratio
 
 Record = dict[str, Any]
@@ -45,7 +46,7 @@ def write(folder: Path, readme: Path) -> str:
 
 def markers(device: str) -> tuple[str, str]:
     """Returns the lines between which a device's table goes."""
-    name = "speed" if device == "cpu" else "speed-gpu"
+    name = table_of(device)
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
@@ -158,6 +159,7 @@ def _memory_rows(records: list[Record]) -> Iterator[str]:
     ]
     for name, over, under, goal in wanted:
         if over not in by_place or under not in by_place:
+            yield f"| {name} | not measured | | | ≤ {goal:.3f} | |"
             continue
         a, b = by_place[over], by_place[under]
         value, peaks = _added(a) / _added(b), a["bytes_peak"] / b["bytes_peak"]

@@ -45,7 +45,7 @@ def sums_and_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns w r P(g), sum(g xhat) and sum(g)."""
     every = [True, True, True]
-    if weight is None and not x.is_cpu:
+    if weight is None and not x.is_cpu:  # for the sake of the same kernel as below
         weight = torch.ones_like(mean)
     return _backward(g, x, weight, None, None, mean, rstd, True, eps, every)  # type: ignore[no-any-return]
 

@@ -152,7 +152,7 @@ class TaskBatchLoss(nn.Module):
         check_batch(batch)
         check_on_one_gpu(self, batch)
         frozen = [clock.frozen for clock in clocks_of(self)]
-        functions = (self.loss_fn, *_what_it_does(self.aggregate))
+        functions = [_what_it_does(function) for function in (self.loss_fn, self.aggregate)]
         key = (second_order, frozen, functions, *graph_key(self, batch))
         if self._captured is None or self._captured.key != key:
             self._captured = None  # or its memory is still taken when the next is captured
@@ -161,10 +161,10 @@ class TaskBatchLoss(nn.Module):
         return TaskBatchResult(*self._captured(self, batch))
 
 
-def _what_it_does(aggregate: Aggregate | None) -> tuple[Any, ...]:
-    """Returns what changes if the aggregate computes something else."""
-    if isinstance(aggregate, MultiStepLoss):
-        return (aggregate.weights.tolist(),)  # not the epoch: once annealed, they stay
-    if aggregate is None or isinstance(aggregate, FinalStepLoss):
+def _what_it_does(function: Any) -> tuple[Any, ...]:
+    """Returns what changes if ``loss_fn`` or ``aggregate`` computes something else."""
+    if isinstance(function, MultiStepLoss):
+        return (function.weights.tolist(),)  # not the epoch: once annealed, they stay
+    if function is None or isinstance(function, FinalStepLoss):
         return ()
-    return aggregate, plain_attributes(aggregate) if hasattr(aggregate, "__dict__") else ()
+    return function, plain_attributes(function) if hasattr(function, "__dict__") else ()

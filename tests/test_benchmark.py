@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from mamlpp_ext import task_batch_module
 from mamlpp_ext.benchmark import __main__ as command
 from mamlpp_ext.benchmark import loops, measure
 from mamlpp_ext.benchmark.loops import (
@@ -115,15 +116,29 @@ def test_the_orders_differ(loop: str, learner: str) -> None:
     assert (first - second).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(("loop", "settings"), BATCHED.items())
-def test_settings_arrive(loop: str, settings: dict[str, bool]) -> None:
-    """None of them changes what is computed."""
-    learner = make_learner(nn.Linear(4, 2), "MAML++", loop, steps=1, chunk_size=2)
+@pytest.mark.parametrize(
+    ("loop", "rematerialized"), [("task_batch_loss", False), ("rematerialised", True)]
+)
+def test_memory_options_arrive(
+    loop: str, rematerialized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither changes what is computed."""
+    seen: dict[str, Any] = {}
+    real = task_batch_module.task_batch_loss
+    monkeypatch.setattr(
+        task_batch_module,
+        "task_batch_loss",
+        lambda *args, **flags: seen.update(flags) or real(*args, **flags),
+    )
     batch = torch.randn(3, 2, 4), torch.arange(2).expand(3, -1)
-    module = MetaIteration(loop, learner, batch * 2).meta_loss
-    assert module is not None
-    named = {"rematerialize": False, "cuda_graph": False, **settings, "chunk_size": 2}
-    assert {name: getattr(module, name) for name in named} == named
+    learner = make_learner(nn.Linear(4, 2), "MAML++", loop, steps=1, chunk_size=2)
+    MetaIteration(loop, learner, batch * 2)()
+    assert (seen["rematerialize"], seen["chunk_size"]) == (rematerialized, 2)
+
+
+def test_only_the_cuda_graph_asks_for_one() -> None:
+    learner = make_learner(nn.Linear(4, 2), "MAML++", GRAPH, steps=1)
+    assert [loop for loop in BATCHED if loops.batch_module(loop, learner).cuda_graph] == [GRAPH]
 
 
 @pytest.mark.usefixtures("float64")

@@ -50,9 +50,19 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_batch_module, "check_on_one_gpu", lambda *tensors: None)
 
 
+class Scaled:
+    """Cross-entropy, times a number."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.factor * F.cross_entropy(logits, labels)
+
+
 def make(net: nn.Module, lslr: mpp.LSLR, **settings: Any) -> mpp.TaskBatchLoss:
     settings = {"num_steps": 3, "aggregate": mpp.MultiStepLoss(3, 2), **settings}
-    return mpp.TaskBatchLoss(net, lslr, F.cross_entropy, **settings)
+    return mpp.TaskBatchLoss(net, lslr, Scaled(), **settings)
 
 
 class Case:
@@ -109,6 +119,7 @@ CHANGES: dict[str, Callable[[mpp.TaskBatchLoss], object]] = {
     "a layer": lambda module: setattr(module.model, "relu", nn.Tanh()),
     "a tuple": lambda module: setattr(module.model.norm, "_ranks", (2, 3, 4)),
     "the loss": lambda module: setattr(module, "loss_fn", smoothed),
+    "an attribute of the loss": lambda module: setattr(module.loss_fn, "factor", 2.0),
     "a setting": lambda module: setattr(module, "chunk_size", 3),
 }
 

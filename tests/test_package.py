@@ -33,8 +33,7 @@ SIGNATURES = {
         "PerStepBatchNorm2d": PER_STEP,
         "PerStepBatchNorm3d": PER_STEP,
         "TaskBatchLoss": "model lslr loss_fn *num_steps *aggregate *rematerialize "
-        "*chunk_size *all_step_losses *process_group "
-        "*cuda_graph",
+        "*chunk_size *all_step_losses *process_group *cuda_graph",
         "TaskBatchResult": "loss step_losses logits",
         "at_step": "module step",
         "check_setup": "module lslr meta_optimizer *multi_step_loss *derivative_order "

@@ -14,10 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mamlpp_ext.benchmark.per_task import Learner, task_loop
 from mamlpp_ext.convert import convert_batchnorm
 from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.task_batch import Batch
 from mamlpp_ext.task_batch_module import TaskBatchLoss
-
-# x_support [T, S, ...], y_support [T, S], x_target [T, Q, ...], y_target [T, Q]
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 GRAPH = "CUDA graph"
 # What the meta-batch as a whole is computed by, and with which settings.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.__main__ import load_model
-from mamlpp_ext.benchmark.loops import Batch, MetaIteration, make_learner
+from mamlpp_ext.benchmark.loops import MetaIteration, make_learner
 from mamlpp_ext.benchmark.measure import Memory, peak_bytes, stopwatch
 from mamlpp_ext.checks import checked_count
+from mamlpp_ext.task_batch import Batch
 
 
 @dataclass(frozen=True)
