@@ -1,8 +1,8 @@
-"""Losses that are added up one after the other, each with its gradient taken at once."""
+"""Losses whose gradients are taken at once, so that no graph of them is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,27 @@ def added_up(losses: Iterable[Tensor], tensors: Sequence[Tensor]) -> Tensor:
             grads = [_sum(pair) for pair in zip(grads, found, strict=True)]
         total = total + loss.detach()
     return with_gradients(total, grads, tensors)
+
+
+def differentiated(
+    run: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    captured: Sequence[Tensor],
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Returns ``run(*inputs)`` without its graph: losses, that have gradients, and further tensors.
+
+    Args:
+        run: a function of tensors.
+        inputs: what it is called with.
+        captured: further tensors that it uses and that gradients must reach; others get none.
+        keep: returns a tensor's values in memory that may be held for long; None: as they are.
+
+    Returns:
+        What it returns. The same gradient has to arrive at all of the losses.
+    """
+    apply: Any = _Differentiated.apply
+    return apply(run, len(inputs), keep, *inputs, *captured)  # type: ignore[no-any-return]
 
 
 def with_gradients(
@@ -52,3 +73,23 @@ class _WithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         return None, None, *(None if grad is None else cotangent * grad for grad in ctx.grads)
+
+
+class _Differentiated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Any, count: int, keep: Any, *tensors: Tensor) -> Any:
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
+            losses, *others = run(*inputs)
+            wanted = [t for t in (*inputs, *tensors[count:]) if t.requires_grad]
+            grads = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
+        found = iter(grads if keep is None else [None if g is None else keep(g) for g in grads])
+        ctx.grads = [next(found) if t.requires_grad else None for t in tensors]
+        ctx.mark_non_differentiable(*others)
+        return losses.detach(), *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor, *_: Any) -> Any:
+        share = cotangent.flatten()[0]
+        return None, None, None, *(None if grad is None else share * grad for grad in ctx.grads)

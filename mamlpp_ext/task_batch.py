@@ -111,6 +111,7 @@ def task_batch_loss(
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
     _check_layers(model)
     counted = _counted_steps(aggregate, num_steps)
+    parts = list(zip(*(torch.split(tensor, size) for tensor in batch), strict=True))
     inner = TaskLoop(
         model,
         lslr,
@@ -119,8 +120,8 @@ def task_batch_loss(
         second_order=second_order,
         rematerialize=rematerialize,
         all_step_losses=all_step_losses,
+        equal_shares=(rematerialize or len(parts) > 1) and _shares_equally(aggregate),
     )
-    parts = list(zip(*(torch.split(tensor, size) for tensor in batch), strict=True))
     done: list[tuple[Tensor, Tensor, Tape]] = []
 
     def losses() -> Iterator[Tensor]:
@@ -163,6 +164,11 @@ def _counted_steps(aggregate: Aggregate | None, num_steps: int) -> list[bool]:
         return [weight > 0 for weight in aggregate.weights.tolist()]
     final_only = aggregate is None or isinstance(aggregate, FinalStepLoss)
     return [not final_only or step == num_steps - 1 for step in range(num_steps)]
+
+
+def _shares_equally(aggregate: Aggregate | None) -> bool:
+    """Returns whether a step's target losses enter with the same weight for every task."""
+    return aggregate is None or type(aggregate) in (MultiStepLoss, FinalStepLoss)
 
 
 def check_batch(batch: Batch) -> int:

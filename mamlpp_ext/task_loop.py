@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from mamlpp_ext.chunks import differentiated
 from mamlpp_ext.kernels import FastKernels, worth_it
 from mamlpp_ext.known_gradients import KnownGradients
 from mamlpp_ext.layout import channels_last, in_default_layout
@@ -22,7 +24,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class TaskLoop:
-    """The inner loop of a chunk of tasks, one step of all of them after the other."""
+    """The inner loop of a chunk of tasks, one step of all of them after the other.
+
+    ``equal_shares`` says that a step's target losses enter the meta-loss with one weight for all
+    tasks, whose gradient is taken once: so that of the target losses is taken at once.
+    """
 
     def __init__(
         self,
@@ -34,10 +40,11 @@ class TaskLoop:
         second_order: bool,
         rematerialize: bool,
         all_step_losses: bool,
+        equal_shares: bool,
     ) -> None:
         self.model, self.lslr, self.loss_fn = model, lslr, loss_fn
         self.second_order, self.rematerialize = second_order, rematerialize
-        self.all_step_losses = all_step_losses
+        self.all_step_losses, self.equal_shares = all_step_losses, equal_shares
         self.initial = lslr.parameters_of(model)
         outer = [p for name, p in model.named_parameters() if name not in self.initial]
         self.learned = [p for p in (*outer, *lslr.parameters()) if p.requires_grad]
@@ -67,74 +74,99 @@ class TaskLoop:
                     for name, p in adapted.items()
                 }
             adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
-        losses, tape = [], Tape()
-        weights = sum(tensor.numel() for tensor in adapted.values())
-        # A step's weights, and nearly as much of their gradients.
-        each = 2 * weights if self.second_order else weights
-        shelf = Shelf(each * (len(counted) - 1)) if self.rematerialize else None
+        losses: list[Tensor | None] = []
+        tape = Tape()
+        memory = self._memory(adapted, len(counted) - 1)
+        captured = [*self.captured, *(tensor for tensor in data if tensor.requires_grad)]
         for step, counts in enumerate(counted):
-            one_step = _Step(self, step, counts, data, single)
-            if shelf is not None and torch.is_grad_enabled():
-                learned = [tensor for tensor in data if tensor.requires_grad]
-                captured = [*self.captured, *learned]
-                # The last step's graph is kept: the backward begins with it.
-                to = None if step == len(counted) - 1 else shelf
-                if to is not None and self.second_order:
-                    one_step.known = KnownGradients(to.put)
-                outputs = rematerialized(one_step, tuple(adapted.values()), captured, to)
+            # The last step's graph is kept: the backward begins with it.
+            shelf = None if step == len(counted) - 1 else memory
+            one_step = _Step(self, step, data, single)
+            if memory is None:
+                outputs = one_step.adapt(*adapted.values())
             else:
-                outputs = one_step(*adapted.values())
+                if shelf is not None and self.second_order:
+                    one_step.known = KnownGradients(shelf.put)
+                outputs = rematerialized(one_step.adapt, (*adapted.values(),), captured, shelf)
             adapted = dict(zip(adapted, outputs, strict=False))
-            rest = outputs[len(adapted) :]
-            loss, logits, *statistics = (t.unsqueeze(0) for t in rest) if single else rest
+            tape += one_step.tape_of(outputs[len(adapted) :])
+            if not (counts or self.all_step_losses):
+                losses.append(None)
+                continue
+            inputs = (*adapted.values(),)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and counts):
+                if torch.is_grad_enabled() and self.equal_shares:
+                    keep = None if memory is None else memory.put
+                    outputs = differentiated(one_step.target, inputs, captured, keep)
+                elif torch.is_grad_enabled() and memory is not None:
+                    outputs = rematerialized(one_step.target, inputs, captured, shelf)
+                else:
+                    outputs = one_step.target(*inputs)
+            tape += one_step.tape_of(outputs[2:])
+            loss, logits = (t.unsqueeze(0) for t in outputs[:2]) if single else outputs[:2]
             losses.append(loss)
-            tape += zip(one_step.places, statistics[::2], statistics[1::2], strict=True)
-        return torch.stack(losses, dim=1), logits, tape
+        nothing = torch.full_like(loss, math.nan, requires_grad=False)
+        found = [nothing if loss is None else loss for loss in losses]
+        return torch.stack(found, dim=1), logits, tape
+
+    def _memory(self, adapted: Params, steps: int) -> Shelf | None:
+        """Returns where what is kept of steps that will be rebuilt lies; None if none will be."""
+        if not (self.rematerialize and torch.is_grad_enabled()):
+            return None
+        weights = sum(tensor.numel() for tensor in adapted.values())
+        # A step's weights, and nearly as much of their gradients by the support and target loss.
+        return Shelf((1 + self.second_order + self.equal_shares) * weights * steps)
 
 
 class _Step:
-    """One inner step of a chunk of tasks, a pure function of the adapted tensors.
+    """One inner step of a chunk of tasks: pure functions of the adapted tensors.
 
     Attributes:
-        places: the layer and row of each batch statistic among the outputs.
+        places: the layer and row of each batch statistic that the last call returned.
         known: of a step that will be rebuilt, what need not be computed again.
     """
 
     def __init__(
-        self, inner: TaskLoop, step: int, counts: bool, data: tuple[Tensor, ...], single: bool
+        self, inner: TaskLoop, step: int, data: tuple[Tensor, ...], single: bool
     ) -> None:
-        self.inner, self.step, self.counts, self.data = inner, step, counts, data
-        self.single, self.again = single, False
+        self.inner, self.step, self.single = inner, step, single
+        self.support, self.queried = data[:2], data[2:]
         self.quick = worth_it(data[0], within=not single)
         self.mode = self._mode()
         self.places: list[tuple[nn.Module, int]] = []
         self.known: KnownGradients | None = None
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns the updated tensors, the target losses [T], the logits and the statistics.
+    def adapt(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns the updated tensors and the statistics.
 
-        For a single task they are without the dimension T.
+        For a single task they are without the dimension T, here and below.
         """
         self._begin()
         adapted = dict(zip(self.inner.initial, tensors, strict=True))
-        x_support, y_support, x_target, y_target = self.data
         tracked = torch.is_grad_enabled()
         if not tracked:  # evaluation, or a step whose graph is rebuilt later
             adapted = {name: t.detach().requires_grad_() for name, t in adapted.items()}
         clocks, order = self.inner.clocks, tracked and self.inner.second_order
         with placed_at(clocks, self.step), of_order(clocks, order):
             with torch.enable_grad():
-                losses, (_, seen) = self._forward(adapted, x_support, y_support)
+                losses, (_, seen) = self._forward(adapted, self.support, self.known)
                 grads = self._gradients(losses, adapted, order)
             updated = self.inner.lslr.update(adapted, grads, self.step)
-            # A step that is rebuilt for the gradient needs no target loss without one.
-            again, self.again = self.again, True
-            if not self.counts and (again or not self.inner.all_step_losses):
-                nothing = torch.full_like(losses, math.nan)
-                return *updated.values(), nothing, nothing, *seen
-            with torch.set_grad_enabled(tracked and self.counts):
-                losses, (logits, seen_later) = self._forward(updated, x_target, y_target)
-        return *updated.values(), losses, logits.detach(), *seen, *seen_later
+        return *updated.values(), *seen
+
+    def target(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns the losses [T], the logits [T, Q, ...] and the statistics."""
+        self._begin()
+        updated = dict(zip(self.inner.initial, tensors, strict=True))
+        order = torch.is_grad_enabled() and self.inner.second_order
+        with placed_at(self.inner.clocks, self.step), of_order(self.inner.clocks, order):
+            losses, (logits, seen) = self._forward(updated, self.queried)
+        return losses, logits.detach(), *seen
+
+    def tape_of(self, statistics: tuple[Tensor, ...]) -> Tape:
+        """Returns the statistics of the last call, of T tasks each, with their places."""
+        of_all = [t.unsqueeze(0) for t in statistics] if self.single else statistics
+        return [*zip(self.places, of_all[::2], of_all[1::2], strict=True)]
 
     def _begin(self) -> None:
         if self._mode() != self.mode:  # rebuilding the step would compute something else
@@ -157,21 +189,22 @@ class _Step:
         return dict(zip(adapted, found, strict=True))
 
     def _forward(
-        self, adapted: Params, x: Tensor, y: Tensor
+        self, adapted: Params, data: tuple[Tensor, ...], known: KnownGradients | None = None
     ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        loss = partial(self._loss, known)
         if self.single:
-            return self._loss(adapted, x, y)
-        return vmap(self._loss, randomness="different")(adapted, x, y)
+            return loss(adapted, *data)
+        return vmap(loss, randomness="different")(adapted, *data)
 
     def _loss(
-        self, adapted: Params, x: Tensor, y: Tensor
+        self, known: KnownGradients | None, adapted: Params, x: Tensor, y: Tensor
     ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
         tape: Tape = []
         for clock in self.inner.clocks:
             clock.tape = tape
         try:
             placed = {place: adapted[name] for place, name in self.inner.places.items()}
-            with FastKernels(self.inner.second_order, self.known) if self.quick else nullcontext():
+            with FastKernels(self.inner.second_order, known) if self.quick else nullcontext():
                 logits = functional_call(self.inner.model, placed, (x,), tie_weights=False)
             if self.quick:
                 logits = in_default_layout(logits, x)
