@@ -65,8 +65,8 @@ def time_reference(checkout: Path, rounds: int, threads: int) -> Iterator[dict[s
     names = (*reference.OURS, reference.THEIRS)
     runs = {name: reference.contender(name, checkout, threads) for name in names}
     first = {name: run() for name, run in runs.items()}
-    # In another layout float32 rounds otherwise: 3e-4 after five steps, where float64 has 5e-15.
-    # On a GPU convolutions are in TF32: 3e-3.
+    # In another order of adding float32 rounds otherwise: 3e-4 after five steps, where float64 has
+    # 5e-15. On a GPU convolutions are in TF32: 3e-3.
     apart = 1e-3 if reference.device() == "cpu" else 1e-2
     if max(first.values()) - min(first.values()) > apart:
         raise RuntimeError(
@@ -74,14 +74,7 @@ def time_reference(checkout: Path, rounds: int, threads: int) -> Iterator[dict[s
             f"the comparison was made with commit {reference.COMMIT} of the authors' code"
         )
     seconds = alternate(runs, rounds, reference.device())
-    for name in reference.OURS:
-        yield {
-            "kind": "time",
-            "name": f"{name}, whole iteration with MSL / the authors' code, 5-way, second order",
-            "goal": 1 / 1.8,
-            "seconds": {n: seconds[n] for n in (name, reference.THEIRS)},
-            "first_losses": first,
-        }
+    yield {"kind": "reference", "name": "time", "seconds": seconds, "first_losses": first}
 
 
 def memory_record(
@@ -143,7 +136,7 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         run = partial(memory_record, over={}, seconds=flags.limit)
         for name in (*reference.OURS, reference.THEIRS):
             where = (name, flags.reference, flags.threads)
-            yield run(f"{name}, MSL", reference.memory_and_time, *where)
+            yield {**run(name, reference.memory_and_time, *where), "kind": "reference memory"}
     if flags.only in (None, "memory"):
         for name, question, contender, over in memory_questions(
             flags.device, flags.memory_ways, flags.memory_tasks

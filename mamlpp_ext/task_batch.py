@@ -120,7 +120,7 @@ def task_batch_loss(
         second_order=second_order,
         rematerialize=rematerialize,
         all_step_losses=all_step_losses,
-        equal_shares=(rematerialize or len(parts) > 1) and _shares_equally(aggregate),
+        at_once=(rematerialize or len(parts) > 1) and _shares_equally(aggregate),
     )
     done: list[tuple[Tensor, Tensor, Tape]] = []
 

@@ -122,6 +122,13 @@ def test_report(tmp_path: Path) -> None:
         memory(speed_report.REMAT, 140, steps=50),
         memory(speed_report.REMAT, 10**6, tasks=16),
         {"kind": "memory", "name": "MAML in higher", "steps": 50, "failed": "not done within 6"},
+        {
+            "kind": "reference",
+            "name": "time",
+            "seconds": {"ours": [1.0, 2.0, 1.0], "small": [3.0] * 3, "theirs": [2.0] * 3},
+        },
+        {**memory("ours", 500), "kind": "reference memory"},
+        {**memory("theirs", 700), "kind": "reference memory"},
     ]
     (tmp_path / "speed.json").write_text(json.dumps({**about, "records": records}))
     readme = tmp_path / "README.md"
@@ -136,7 +143,11 @@ def test_report(tmp_path: Path) -> None:
     assert row in text
     row = "| rematerialised, K = 50 / K = 5 | 1.600 | 2.800 | 140 / 50 | ≤ 1.500 | **missed** |"
     assert row in text
-    assert "authors' code | not measured |" in text
+    row = "| ours | 0.500 (0.500 to 0.750) | 1000 / 2000 | 0.750 | 500 / 700 | met | **missed** |"
+    assert row in text
+    assert (
+        "| small | 1.500 (1.500 to 1.500) | 3000 / 2000 | not measured |  | **missed** |  |" in text
+    )
     assert "layout" not in text
     assert "| MAML in higher | - | - | too long |" in text
     assert "| MB added (peak), ms; over K, 5-way, 4 tasks | 5 | 20 | 50 |" in text
@@ -151,7 +162,8 @@ def test_report(tmp_path: Path) -> None:
     on_gpu = speed_report.table({**about, "device": "cuda", "records": records})
     assert "| MB added, ms; over K, 5-way, 4 tasks | 5 | 20 | 50 |" in on_gpu
     assert "| MAML++ in rematerialised | 50, 500 | 100, 500 | 140, 500 |" in on_gpu
-    assert "peak" not in on_gpu
+    assert "(peak)" not in on_gpu
+    assert "ratio of peaks" not in on_gpu
     (tmp_path / "speed.json").write_text(json.dumps({**about, "device": "cuda", "records": []}))
     with pytest.raises(ValueError, match="lacks the markers <!-- speed-gpu:begin -->"):
         speed_report.write(tmp_path, readme)
@@ -211,8 +223,8 @@ def test_reference_must_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         reference, "contender", lambda name, *rest: lambda: losses.get(name, losses["theirs"])
     )
     losses["theirs"] = 1.5
-    records = list(compare.time_reference(Path(), rounds=1, threads=1))
-    assert [list(r["seconds"]) for r in records] == [[n, reference.THEIRS] for n in reference.OURS]
+    (record,) = compare.time_reference(Path(), rounds=1, threads=1)
+    assert list(record["seconds"]) == [*reference.OURS, reference.THEIRS]
     losses["theirs"] = 1.6
     with pytest.raises(RuntimeError, match="the iterations do not compute the same"):
         list(compare.time_reference(Path(), rounds=1, threads=1))
