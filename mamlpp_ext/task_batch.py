@@ -68,15 +68,18 @@ def task_batch_loss(
         loss_fn: ``(logits, labels) -> 0-dim loss`` of one task, e.g. ``F.cross_entropy``.
         num_steps: K, the number of inner steps.
         aggregate: from step losses [T, num_steps] to a loss for each task, [T]:
-            :class:`MultiStepLoss`, or any function; None is the final step's loss.
+            :class:`MultiStepLoss`, or any function; None is the final step's loss. In
+            :class:`MultiStepLoss`, :class:`FinalStepLoss` and None tasks weigh the same, which
+            ``rematerialize`` and ``chunk_size`` make use of: no graph of target losses is kept.
         second_order: whether to differentiate through the inner gradients.
         rematerialize: keep only each step's weights, and gradients as large, and rebuild its graph
             in the backward: memory nearly flat in ``num_steps``, for more time. Gradients then
             reach the model, the rates and the batch, not tensors that ``loss_fn`` closes over, and
             have no graph themselves.
         chunk_size: how many tasks at once; None for all. The gradients of a chunk are taken before
-            the next begins, so memory is that of one chunk at no cost in time; they then reach and
-            are limited as with ``rematerialize``. ``aggregate`` is applied to each chunk.
+            the next begins, so memory is that of one chunk; they then reach and are limited as with
+            ``rematerialize``. Nothing is computed twice, but few tasks at once take longer each.
+            ``aggregate`` is applied to each chunk.
         all_step_losses: whether target losses that do not enter the meta-loss (those of weight 0
             in a :class:`MultiStepLoss`, all but the last without one) are computed too. False saves
             their forwards, which then leave no statistics either; in ``step_losses`` they are NaN.

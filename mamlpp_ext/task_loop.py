@@ -74,7 +74,7 @@ class TaskLoop:
             adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
         losses: list[Tensor | None] = []
         tape = Tape()
-        memory = self._memory(adapted, len(counted) - 1)
+        memory = self._memory(adapted, counted)
         captured = [*self.captured, *(tensor for tensor in data if tensor.requires_grad)]
         for step, counts in enumerate(counted):
             # The last step's graph is kept: the backward begins with it.
@@ -107,13 +107,14 @@ class TaskLoop:
         found = [nothing if loss is None else loss for loss in losses]
         return torch.stack(found, dim=1), logits, tape
 
-    def _memory(self, adapted: Params, steps: int) -> Shelf | None:
+    def _memory(self, adapted: Params, counted: list[bool]) -> Shelf | None:
         """Returns where what is kept of steps that will be rebuilt lies; None if none will be."""
         if not (self.rematerialize and torch.is_grad_enabled()):
             return None
-        weights = sum(tensor.numel() for tensor in adapted.values())
-        # A step's weights, and nearly as much of their gradients by the support and target loss.
-        return Shelf(weights * ((1 + self.second_order) * steps + self.at_once * (steps + 1)))
+        # Weights of all steps but the last, and nearly as much of their gradients by the support
+        # loss, and as much by each target loss.
+        times = (1 + self.second_order) * (len(counted) - 1) + self.at_once * sum(counted)
+        return Shelf(times * sum(tensor.numel() for tensor in adapted.values()))
 
 
 def _places(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
