@@ -247,6 +247,7 @@ def test_the_profile_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 6
     for row in rows:
-        convolutions, *others, everything = map(float, row.split("|")[2:-1])
+        convolutions, *others, everything, tensors = map(float, row.split("|")[2:-1])
         assert convolutions > 0
+        assert tensors > 1
         assert convolutions + sum(others) == pytest.approx(everything, abs=0.31)  # rounded
