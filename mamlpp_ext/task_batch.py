@@ -73,9 +73,10 @@ def task_batch_loss(
             ``rematerialize`` and ``chunk_size`` make use of: no graph of target losses is kept.
         second_order: whether to differentiate through the inner gradients.
         rematerialize: keep only each step's weights, and gradients as large, and rebuild its graph
-            in the backward: memory nearly flat in ``num_steps``, for more time. Gradients then
-            reach the model, the rates and the batch, not tensors that ``loss_fn`` closes over, and
-            have no graph themselves.
+            in the backward: memory nearly flat in ``num_steps``, for more time. (In first order
+            there is no graph of a step, and this costs nothing.) Gradients then reach the model,
+            the rates and the batch, not tensors that ``loss_fn`` closes over, and have no graph
+            themselves.
         chunk_size: how many tasks at once; None for all. The gradients of a chunk are taken before
             the next begins, so memory is that of one chunk; they then reach and are limited as with
             ``rematerialize``. Nothing is computed twice, but few tasks at once take longer each.

@@ -80,11 +80,10 @@ class TaskLoop:
             # The last step's graph is kept: the backward begins with it.
             shelf = None if step == len(counted) - 1 else memory
             one_step = TaskStep(self, step, data, single)
-            if memory is None:
+            if memory is None or not self.second_order:  # then inner gradients have no graph
                 outputs = one_step.adapt(*adapted.values())
             else:
-                if shelf is not None and self.second_order:
-                    one_step.known = KnownGradients(shelf.put)
+                one_step.known = None if shelf is None else KnownGradients(shelf.put)
                 outputs = rematerialized(one_step.adapt, (*adapted.values(),), captured, shelf)
             adapted = dict(zip(adapted, outputs, strict=False))
             tape += one_step.tape_of(outputs[len(adapted) :])
@@ -113,7 +112,7 @@ class TaskLoop:
             return None
         # Weights of all steps but the last, and nearly as much of their gradients by the support
         # loss, and as much by each target loss.
-        times = (1 + self.second_order) * (len(counted) - 1) + self.at_once * sum(counted)
+        times = 2 * self.second_order * (len(counted) - 1) + self.at_once * sum(counted)
         return Shelf(times * sum(tensor.numel() for tensor in adapted.values()))
 
 

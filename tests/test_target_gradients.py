@@ -50,30 +50,39 @@ def gradients(net: nn.Module, lslr: mpp.LSLR, tasks: Any, **settings: Any) -> li
     return [result.loss.detach(), *torch.autograd.grad(2 * result.loss, learned)]
 
 
+@pytest.mark.parametrize("second_order", [True, False], ids=["second", "first"])
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_gradients_are_those_of_one_graph(
-    net: nn.Module, lslr: mpp.LSLR, tasks: Any, form: dict[str, Any], aggregate: str
+    net: nn.Module,
+    lslr: mpp.LSLR,
+    tasks: Any,
+    form: dict[str, Any],
+    aggregate: str,
+    second_order: bool,
 ) -> None:
-    made = AGGREGATES[aggregate]()
-    expected = gradients(net, lslr, tasks, aggregate=made)
-    found = gradients(net, lslr, tasks, aggregate=made, **form)
+    settings = {"aggregate": AGGREGATES[aggregate](), "second_order": second_order}
+    expected = gradients(net, lslr, tasks, **settings)
+    found = gradients(net, lslr, tasks, **settings, **form)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("aggregate", "calls"),
+    ("aggregate", "second_order", "calls"),
     [
         # Support and target of every step; support of two steps rebuilt.
-        ("multi-step", 3 + 3 + 2),
-        ("none", 3 + 3 + 2),
+        ("multi-step", True, 3 + 3 + 2),
+        ("none", True, 3 + 3 + 2),
         # Targets of two steps are rebuilt, too.
-        ("unequal", 3 + 3 + 2 + 2),
-        ("a function", 3 + 3 + 2 + 2),
+        ("unequal", True, 3 + 3 + 2 + 2),
+        ("a function", True, 3 + 3 + 2 + 2),
+        # No graph of the support, so nothing to rebuild.
+        ("multi-step", False, 3 + 3),
+        ("unequal", False, 3 + 3 + 2),
     ],
 )
-def test_rebuilding_leaves_them_out(
-    net: nn.Module, lslr: mpp.LSLR, tasks: Any, aggregate: str, calls: int
+def test_how_much_is_rebuilt(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, aggregate: str, second_order: bool, calls: int
 ) -> None:
     count = []
 
@@ -88,6 +97,7 @@ def test_rebuilding_leaves_them_out(
         loss_fn,
         num_steps=STEPS,
         aggregate=AGGREGATES[aggregate](),
+        second_order=second_order,
         rematerialize=True,
     ).loss.backward()
     assert len(count) == calls
