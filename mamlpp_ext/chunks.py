@@ -24,6 +24,7 @@ def added_up(losses: Iterable[Tensor], tensors: Sequence[Tensor]) -> Tensor:
             found = torch.autograd.grad(loss, tensors, allow_unused=True)
             grads = [_sum(pair) for pair in zip(grads, found, strict=True)]
         total = total + loss.detach()
+        del loss  # and with it what its graph holds, before the next is computed
     return with_gradients(total, grads, tensors)
 
 

@@ -133,7 +133,10 @@ def task_batch_loss(
             step_losses, logits, tape = inner.run(part, counted)
             loss = step_losses[:, -1] if aggregate is None else aggregate(step_losses)
             done.append((step_losses.detach(), logits.detach(), tape))
-            yield loss.mean() * (len(step_losses) / tasks)
+            part_of_all = loss.mean() * (len(step_losses) / tasks)
+            del step_losses, loss  # or what they hold stays until the next part has its own
+            yield part_of_all
+            del part_of_all
 
     if len(parts) > 1 and torch.is_grad_enabled():
         loss = added_up(losses(), inner.learned_from(batch))
