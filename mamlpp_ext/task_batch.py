@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -115,7 +115,7 @@ def task_batch_loss(
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
     _check_layers(model)
     counted = _counted_steps(aggregate, num_steps)
-    parts = list(zip(*(torch.split(tensor, size) for tensor in batch), strict=True))
+    parts: list[Batch] = list(zip(*(torch.split(t, size) for t in batch), strict=True))
     inner = TaskLoop(
         model,
         lslr,
@@ -128,20 +128,17 @@ def task_batch_loss(
     )
     done: list[tuple[Tensor, Tensor, Tape]] = []
 
-    def losses() -> Iterator[Tensor]:
-        for part in parts:
-            step_losses, logits, tape = inner.run(part, counted)
-            loss = step_losses[:, -1] if aggregate is None else aggregate(step_losses)
-            done.append((step_losses.detach(), logits.detach(), tape))
-            part_of_all = loss.mean() * (len(step_losses) / tasks)
-            del step_losses, loss  # or what they hold stays until the next part has its own
-            yield part_of_all
-            del part_of_all
+    def loss_of(part: Batch) -> Tensor:
+        step_losses, logits, tape = inner.run(part, counted)
+        loss = step_losses[:, -1] if aggregate is None else aggregate(step_losses)
+        done.append((step_losses.detach(), logits.detach(), tape))
+        return loss.mean() * (len(step_losses) / tasks)
 
+    losses = map(loss_of, parts)  # one after the other, none of them kept
     if len(parts) > 1 and torch.is_grad_enabled():
-        loss = added_up(losses(), inner.learned_from(batch))
+        loss = added_up(losses, inner.learned_from(batch))
     else:
-        loss = torch.stack(list(losses())).sum()
+        loss = torch.stack(list(losses)).sum()
     all_losses, all_logits, tapes = zip(*done, strict=True)
     _commit(tapes if process_group is None else gathered(tapes, process_group))
     return TaskBatchResult(loss, torch.cat(all_losses), torch.cat(all_logits))

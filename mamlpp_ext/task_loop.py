@@ -102,8 +102,10 @@ class TaskLoop:
             tape += one_step.tape_of(outputs[2:])
             loss, logits = (t.unsqueeze(0) for t in outputs[:2]) if single else outputs[:2]
             losses.append(loss)
-        # By themselves: they would hold the graph of a rebuilt step, and all that lies beside them.
-        tape = [(place, mean.detach().clone(), var.detach().clone()) for place, mean, var in tape]
+        if memory is not None:  # or they hold the graph of rebuilt steps, and all of the memory
+            tape = [
+                (place, mean.detach().clone(), var.detach().clone()) for place, mean, var in tape
+            ]
         nothing = torch.full_like(loss, math.nan, requires_grad=False)
         found = [nothing if loss is None else loss for loss in losses]
         return torch.stack(found, dim=1), logits, tape

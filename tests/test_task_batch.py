@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +15,9 @@ from conftest import nodes
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
+from mamlpp_ext import task_loop
 from mamlpp_ext.rematerialize import Shelf
+from mamlpp_ext.task_loop import TaskLoop
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -417,6 +421,39 @@ def test_chunks_leave_no_graph_but_the_sum(net: nn.Module, lslr: mpp.LSLR, tasks
     scaled = torch.autograd.grad(3 * parts + 1, list(net.parameters()))
     expected = torch.autograd.grad(3 * whole + 1, list(net.parameters()))
     torch.testing.assert_close(scaled, expected)
+
+
+@pytest.mark.parametrize("rematerialize", [True, False])
+def test_a_chunk_does_not_hold_those_before(
+    net: nn.Module,
+    lslr: mpp.LSLR,
+    tasks: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    rematerialize: bool,
+) -> None:
+    """Neither losses nor steps: not up to Python's next collection of garbage, either."""
+    before: list[Any] = []
+    real_run, real_step = TaskLoop.run, task_loop.TaskStep
+
+    def run_alone(self: TaskLoop, *args: Any) -> Any:
+        assert not any(held() for held in before)
+        outputs = real_run(self, *args)
+        before.append(weakref.ref(outputs[0]))
+        return outputs
+
+    def remembered(*args: Any) -> Any:
+        step = real_step(*args)
+        before.append(weakref.ref(step))
+        return step
+
+    monkeypatch.setattr(TaskLoop, "run", run_alone)
+    monkeypatch.setattr(task_loop, "TaskStep", remembered)
+    gc.disable()
+    try:
+        run(net, lslr, tasks, chunk_size=1, rematerialize=rematerialize)
+    finally:
+        gc.enable()
+    assert len(before) == 4 * (1 + 3)
 
 
 def test_module_form(net: nn.Module, lslr: mpp.LSLR, tasks: Any) -> None:
