@@ -115,9 +115,9 @@ class TaskLoop:
         if not (self.rematerialize and torch.is_grad_enabled()):
             return None
         # Weights of all steps but the last, and nearly as much of their gradients by the support
-        # loss, and as much by each target loss.
+        # loss, and as much by each target loss; a tenth for statistics and what else is learned.
         times = 2 * self.second_order * (len(counted) - 1) + self.at_once * sum(counted)
-        return Shelf(times * sum(tensor.numel() for tensor in adapted.values()))
+        return Shelf(round(1.1 * times * sum(tensor.numel() for tensor in adapted.values())))
 
 
 def _places(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
