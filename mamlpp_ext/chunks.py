@@ -85,7 +85,8 @@ class _Differentiated(torch.autograd.Function):
             wanted = [t for t in (*inputs, *tensors[count:]) if t.requires_grad]
             grads = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
         found = iter(grads if keep is None else [None if g is None else keep(g) for g in grads])
-        ctx.grads = [next(found) if t.requires_grad else None for t in tensors]
+        # Saved, so that they go with the backward, however long the loss is held.
+        ctx.save_for_backward(*(next(found) if t.requires_grad else None for t in tensors))
         ctx.mark_non_differentiable(*others)
         return losses.detach(), *others
 
@@ -93,4 +94,5 @@ class _Differentiated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor, *_: Any) -> Any:
         share = cotangent.flatten()[0]
-        return None, None, None, *(None if grad is None else share * grad for grad in ctx.grads)
+        grads = (None if grad is None else share * grad for grad in ctx.saved_tensors)
+        return None, None, None, *grads

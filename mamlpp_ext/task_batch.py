@@ -125,6 +125,7 @@ def task_batch_loss(
         rematerialize=rematerialize,
         all_step_losses=all_step_losses,
         at_once=(rematerialize or len(parts) > 1) and _shares_equally(aggregate),
+        batch=batch,
     )
     done: list[tuple[Tensor, Tensor, Tape]] = []
 

@@ -24,7 +24,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class TaskLoop:
     """The inner loop of a chunk of tasks, one step of all of them after the other.
 
-    ``at_once`` says that the gradients of target losses are taken at once: each step's have the
+    ``at_once`` says that the gradients of target losses may be taken at once: each step's have the
     same weight for all tasks, and the meta-loss will be differentiated no more than once.
     """
 
@@ -39,19 +39,32 @@ class TaskLoop:
         rematerialize: bool,
         all_step_losses: bool,
         at_once: bool,
+        batch: tuple[Tensor, ...],
     ) -> None:
         self.model, self.lslr, self.loss_fn = model, lslr, loss_fn
         self.second_order, self.rematerialize = second_order, rematerialize
-        self.all_step_losses, self.at_once = all_step_losses, at_once
+        self.all_step_losses = all_step_losses
         self.initial = lslr.parameters_of(model)
         outer = [p for name, p in model.named_parameters() if name not in self.initial]
         self.learned = [p for p in (*outer, *lslr.parameters()) if p.requires_grad]
         # Read in eval mode; in the list, changing them before the backward is an error.
         read = [b for m in model.modules() if not m.training for b in m.buffers(recurse=False)]
         self.captured = [*self.learned, *read]
+        read_too = [t for t in (*outer, *batch) if t.requires_grad]
+        self.at_once = at_once and self._gains_by_differentiating(read_too)
         self.clocks = checked_clocks(model, num_steps - 1)
         self.modules = list(model.modules())
         self.places = _places(model, self.initial)
+
+    def _gains_by_differentiating(self, others: list[Tensor]) -> bool:
+        """Returns whether target gradients by what is adapted and by ``others`` may be kept."""
+        tensors = [*self.initial.values(), *others]
+        kind = tensors[0].device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        if half or any(t.dtype == torch.float16 for t in tensors):
+            return False  # they would be taken before the meta-loss is scaled, and underflow
+        # Each step keeps those by the others, too.
+        return sum(t.numel() for t in others) <= sum(t.numel() for t in self.initial.values())
 
     def learned_from(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
         """Returns every tensor that the meta-loss is differentiated by."""
@@ -78,7 +91,8 @@ class TaskLoop:
         captured = [*self.captured, *(tensor for tensor in data if tensor.requires_grad)]
         for step, counts in enumerate(counted):
             # The last step's graph is kept: the backward begins with it.
-            shelf = None if step == len(counted) - 1 else memory
+            last = step == len(counted) - 1
+            shelf = None if last else memory
             one_step = TaskStep(self, step, data, single)
             if memory is None or not self.second_order:  # then inner gradients have no graph
                 outputs = one_step.adapt(*adapted.values())
@@ -87,7 +101,7 @@ class TaskLoop:
                 outputs = rematerialized(one_step.adapt, (*adapted.values(),), captured, shelf)
             adapted = dict(zip(adapted, outputs, strict=False))
             tape += one_step.tape_of(outputs[len(adapted) :])
-            if not (counts or self.all_step_losses):
+            if not (counts or last or self.all_step_losses):
                 losses.append(None)
                 continue
             inputs = (*adapted.values(),)
@@ -106,6 +120,7 @@ class TaskLoop:
             tape = [
                 (place, mean.detach().clone(), var.detach().clone()) for place, mean, var in tape
             ]
+            memory.blocks.clear()  # from now on each lives as long as what it holds
         nothing = torch.full_like(loss, math.nan, requires_grad=False)
         found = [nothing if loss is None else loss for loss in losses]
         return torch.stack(found, dim=1), logits, tape

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import mamlpp_ext as mpp
 from mamlpp_ext import task_batch
 from mamlpp_ext.chunks import differentiated
+from mamlpp_ext.task_loop import TaskLoop
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -144,3 +145,60 @@ def test_differentiated() -> None:
         torch.testing.assert_close(found[:2], (18 * weight**2, 3 * (weight**3).sum()))
         assert found[2] is None
     assert len(kept) == 2
+
+
+def test_gradients_do_not_outlive_the_backward() -> None:
+    """However long the loss is held."""
+    weight = torch.randn(3, requires_grad=True)
+    losses, _ = differentiated(lambda w: (w**2, w * 1), (weight,), [])
+    losses.sum().backward()
+    assert losses.requires_grad
+    with pytest.raises(RuntimeError, match="second time"):
+        losses.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [(None, True), ("float16", False), ("autocast", False), ("outer", False), ("data", False)],
+)
+def test_when_they_are_taken_at_once(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, change: str | None, expected: bool
+) -> None:
+    """Not where a scaled loss would keep them from underflowing, nor where they are large."""
+    if change == "float16":
+        net.half()
+    if change == "outer":
+        lslr = mpp.LSLR(net, STEPS, adapt="head.bias")
+    batch = [t.requires_grad_() if change == "data" and t.is_floating_point() else t for t in tasks]
+    settings = {"num_steps": STEPS, "second_order": True, "rematerialize": True}
+    with torch.autocast("cpu", torch.float16, enabled=change == "autocast"):
+        loop = TaskLoop(
+            net,
+            lslr,
+            F.cross_entropy,
+            **settings,
+            all_step_losses=True,
+            at_once=True,
+            batch=tuple(batch),
+        )
+    assert loop.at_once == expected
+
+
+def test_a_scaled_loss_keeps_small_gradients(net: nn.Module, tasks: Any) -> None:
+    net, batch = net.float(), [t.float() if t.is_floating_point() else t for t in tasks]
+    lslr = mpp.LSLR(net, STEPS)
+    found = []
+    for rematerialize in (False, True):
+        with torch.autocast("cpu", torch.float16):
+            loss = mpp.task_batch_loss(
+                net,
+                lslr,
+                tuple(batch),
+                lambda logits, labels: 1e-6 * F.cross_entropy(logits, labels),
+                num_steps=STEPS,
+                aggregate=mpp.MultiStepLoss(STEPS, 10),
+                rematerialize=rematerialize,
+            ).loss
+        found.append(torch.autograd.grad(2.0**16 * loss, list(net.parameters())))
+    assert all(grad.count_nonzero() for grad in found[0])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-4)
