@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator
 
 import reference
 from contenders import table_of
-from mamlpp_ext.benchmark.measure import MEGABYTE, ratio
+from mamlpp_ext.benchmark.measure import MEGABYTE, Quartiles, ratio
 
 Record = dict[str, Any]
 PLAIN, REMAT = "MAML++ in task_batch_loss", "MAML++ in rematerialised"
@@ -113,7 +113,7 @@ def _time_row(record: Record) -> str:
     best = f"{1e3 * min(seconds[over]):.0f} / {1e3 * min(seconds[under]):.0f}"
     chosen = f" ({under})" if len(seconds) > 2 else ""
     return (
-        f"| {record['name']}{chosen} | {found.median:.3f} ({found.low:.3f} to {found.high:.3f}) "
+        f"| {record['name']}{chosen} | {_spread(found)} "
         f"| {best} | {_verdict(found.median, record['goal'])} |"
     )
 
@@ -133,7 +133,7 @@ def _reference_rows(of_kind: dict[str, list[Record]]) -> Iterator[str]:
                 peaks, verdict = f"{value:.3f}", _met(value, reference.GOALS[1])
                 added = " / ".join(f"{_added(r):.0f}" for r in pair)
             yield (
-                f"| {name} | {found.median:.3f} ({found.low:.3f} to {found.high:.3f}) "
+                f"| {name} | {_spread(found)} "
                 f"| {' / '.join(f'{1e3 * min(t):.0f}' for t in times)} | {peaks} | {added} "
                 f"| {_met(found.median, reference.GOALS[0])} | {verdict} |"
             )
@@ -156,7 +156,11 @@ def _layout_row(record: Record) -> str:
     ]
     best = ratio(*(seconds[name] for name in fast))
     cells = " | ".join(f"{share:.3f}" for share in shares)
-    return f"| {record['name']} | {cells} | {best.median:.3f} ({best.low:.3f} to {best.high:.3f}) |"
+    return f"| {record['name']} | {cells} | {_spread(best)} |"
+
+
+def _spread(found: Quartiles) -> str:
+    return f"{found.median:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _verdict(value: float, goal: float | None) -> str:

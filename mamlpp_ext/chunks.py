@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mamlpp_ext.rematerialize import detached
+
 
 def added_up(losses: Iterable[Tensor], tensors: Sequence[Tensor]) -> Tensor:
     """Returns the sum of ``losses``; never keeps the graph of more than one.
@@ -80,7 +82,7 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Any, count: int, keep: Any, *tensors: Tensor) -> Any:
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
+            inputs = detached(tensors[:count])
             losses, *others = run(*inputs)
             wanted = [t for t in (*inputs, *tensors[count:]) if t.requires_grad]
             grads = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)

@@ -77,7 +77,7 @@ class _Rematerialized(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if shelf is None:
             with torch.enable_grad():
-                inputs = _detached(tensors[:count])
+                inputs = detached(tensors[:count])
                 ctx.kept = inputs, run(*inputs)
             return tuple(output.detach() for output in ctx.kept[1])
         return tuple(map(shelf.put, run(*tensors[:count])))
@@ -103,7 +103,7 @@ class _Rematerialized(torch.autograd.Function):
 
 def _again(ctx: Any) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Runs the function once more; returns its inputs and outputs, joined by a graph."""
-    inputs = _detached(ctx.saved_tensors[: ctx.count])
+    inputs = detached(ctx.saved_tensors[: ctx.count])
     with torch.random.fork_rng(ctx.devices), torch.enable_grad(), torch.autocast(*ctx.autocast):
         torch.set_rng_state(ctx.random[0])
         for device, state in zip(ctx.devices, ctx.random[1:], strict=True):
@@ -111,5 +111,6 @@ def _again(ctx: Any) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         return inputs, ctx.run(*inputs)
 
 
-def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the tensors as leaves of a graph of their own, those that learn as such."""
     return [t.detach().requires_grad_(t.requires_grad) for t in tensors]

@@ -105,14 +105,16 @@ class TaskLoop:
                 losses.append(None)
                 continue
             inputs = (*adapted.values(),)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and counts):
-                if torch.is_grad_enabled() and self.at_once:
-                    keep = None if memory is None else memory.put
-                    outputs = differentiated(one_step.target, inputs, captured, keep)
-                elif torch.is_grad_enabled() and memory is not None:
-                    outputs = rematerialized(one_step.target, inputs, captured, shelf)
-                else:
+            if not (counts and torch.is_grad_enabled()):
+                with torch.no_grad():
                     outputs = one_step.target(*inputs)
+            elif self.at_once:
+                keep = None if memory is None else memory.put
+                outputs = differentiated(one_step.target, inputs, captured, keep)
+            elif memory is not None:
+                outputs = rematerialized(one_step.target, inputs, captured, shelf)
+            else:
+                outputs = one_step.target(*inputs)
             tape += one_step.tape_of(outputs[2:])
             loss, logits = (t.unsqueeze(0) for t in outputs[:2]) if single else outputs[:2]
             losses.append(loss)
@@ -121,7 +123,7 @@ class TaskLoop:
                 (place, mean.detach().clone(), var.detach().clone()) for place, mean, var in tape
             ]
             memory.blocks.clear()  # from now on each lives as long as what it holds
-        nothing = torch.full_like(loss, math.nan, requires_grad=False)
+        nothing = torch.full_like(loss, math.nan)
         found = [nothing if loss is None else loss for loss in losses]
         return torch.stack(found, dim=1), logits, tape
 

@@ -170,13 +170,14 @@ def test_when_they_are_taken_at_once(
     if change == "outer":
         lslr = mpp.LSLR(net, STEPS, adapt="head.bias")
     batch = [t.requires_grad_() if change == "data" and t.is_floating_point() else t for t in tasks]
-    settings = {"num_steps": STEPS, "second_order": True, "rematerialize": True}
     with torch.autocast("cpu", torch.float16, enabled=change == "autocast"):
         loop = TaskLoop(
             net,
             lslr,
             F.cross_entropy,
-            **settings,
+            num_steps=STEPS,
+            second_order=True,
+            rematerialize=True,
             all_step_losses=True,
             at_once=True,
             batch=tuple(batch),
