@@ -186,11 +186,16 @@ class AblationRun:
                 "meta_lr": self.learner.meta_lr,
                 **found,
                 "seconds": at["seconds"],
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.device}",
+                "machine": self._machine(),
                 "versions": versions(),
                 "settings": asdict(self.protocol),
             }
         )
+
+    def _machine(self) -> str:
+        is_gpu = torch.device(self.device).type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if is_gpu else self.device
+        return f"{platform.machine()}, {os.cpu_count()} cores, {name}"
 
     def _save(self) -> None:
         """Writes aside and renames, so that a kill at any moment leaves a whole file."""

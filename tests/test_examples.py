@@ -119,10 +119,11 @@ def test_backends_train_alike(parts: tuple[str, ...]) -> None:
         means.append(learner.net.norm1.running_mean.flatten())
     for head in heads[1:]:
         torch.testing.assert_close(head, heads[0], atol=1e-4, rtol=1e-3)
-    # The loops over tasks. No loss depends on a bias in front of a batch norm: what reaches it is
-    # rounding, of which Adam makes steps of up to its rate, 1e-3 in each of the 4 iterations.
-    torch.testing.assert_close(means[0], means[1], atol=4e-3, rtol=0)
-    assert all(mean.abs().sum() > 0 for mean in means)  # task_batch_loss sees more target forwards
+    # No loss depends on a bias in front of a batch norm: what reaches it is rounding, of which Adam
+    # makes steps of up to its rate, 1e-3 in each of the 4 iterations.
+    for mean in means[1:]:
+        torch.testing.assert_close(mean, means[0], atol=4e-3, rtol=0)
+    assert means[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("parts", [(), PARTS])

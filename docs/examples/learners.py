@@ -47,7 +47,7 @@ class Learner:
     """MAML around a network, with the parts of MAML++ that are asked for.
 
     Args:
-        net: a network with ``nn.BatchNorm`` layers.
+        net: a network with ``nn.BatchNorm`` layers, on the device where it learns.
         parts: some of ``PARTS``; none is plain MAML, all are MAML++.
         backend: ``"higher"``, ``"torchopt"`` or ``"torch_func"``.
         steps: inner steps.
@@ -76,6 +76,15 @@ class Learner:
         self.lslr = mpp.LSLR(net, steps, inner_lr, learnable="LSLR" in parts, adapt=adapt)
         self.msl = mpp.MultiStepLoss(steps, schedules.multi_step_loss if "MSL" in parts else 0)
         self.da = mpp.DerivativeOrderAnnealing(schedules.first_order if "DA" in parts else 0)
+        self.meta_loss = mpp.TaskBatchLoss(  # what backend "torch_func" runs
+            net,
+            self.lslr,
+            F.cross_entropy,
+            num_steps=steps,
+            aggregate=self.msl,
+            all_step_losses=False,  # as the loops below
+            cuda_graph=next(net.parameters()).is_cuda,
+        )
         learned = [p for p in (*net.parameters(), *self.lslr.parameters()) if p.requires_grad]
         self.meta_opt = torch.optim.Adam(learned, schedules.meta_lr)
         self.meta_rate = (
@@ -186,17 +195,9 @@ def _with_torchopt(learner: Learner, batch: Batch) -> float:
 
 
 def _with_torch_func(learner: Learner, batch: Batch) -> float:
-    result = mpp.task_batch_loss(
-        learner.net,
-        learner.lslr,
-        batch,
-        F.cross_entropy,
-        num_steps=learner.steps,
-        aggregate=learner.msl,
-        second_order=learner.da.second_order,
-    )
-    result.loss.backward()
-    return result.loss.item()
+    loss = learner.meta_loss(*batch, second_order=learner.da.second_order).loss
+    loss.backward()
+    return loss.item()
 
 
 def _task_by_task(learner: Learner, batch: Batch, loop: Loop) -> float:
