@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from mamlpp_ext.batch_norm_kernels import Running
+from mamlpp_ext.batch_norm_kernels import Running, statistics_dtype
 from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, select_row
 from mamlpp_ext.closed_form import batch_normalize, batch_normalize_into
 from mamlpp_ext.normalization import normalize
@@ -83,6 +83,8 @@ class _PerStepBatchNorm(RunningStatistics):
             The same shape and dtype.
 
         Raises:
+            RuntimeError: within a backward, unless inside :func:`at_step`.
+            TypeError: for input that is not floating-point.
             ValueError: for another rank or number of channels, a single value per channel where
                 batch statistics are needed, or an inner step beyond the rows.
         """
@@ -94,11 +96,24 @@ class _PerStepBatchNorm(RunningStatistics):
     def _normalize(self, input: Tensor) -> Tensor:
         shape = input.shape
         self._check_shape(shape)
+        if not input.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__} expects floating-point input, got {input.dtype}; convert "
+                "it, e.g. with .float()"
+            )
         clock = self.inner_step
+        if self.num_steps > 1 and clock.astray:
+            raise RuntimeError(
+                f"{type(self).__name__} is called within a backward, as activation checkpointing "
+                f"does, and cannot know of which inner step (its position is {clock.index}); leave "
+                "the norm layers out of what is checkpointed, use "
+                "task_batch_loss(rematerialize=True) instead, or make the call inside at_step"
+            )
         row = select_row(clock.index, self.num_steps, self.extra_steps, type(self).__name__)
+        # Contiguous, or torch's kernels for [N, C] give wrong gradients (2.13, without an error).
         weight, bias = self.weight, self.bias
-        weight = None if weight is None else weight.select(0, row)
-        bias = None if bias is None else bias.select(0, row)
+        weight = None if weight is None else weight.select(0, row).contiguous()
+        bias = None if bias is None else bias.select(0, row).contiguous()
         by_batch = self.training or not self.track_running_stats or clock.frozen
         if not by_batch and self.running_mean is not None and self.running_var is not None:
             mean, var = self.running_mean[row], self.running_var[row]
@@ -121,9 +136,9 @@ class _PerStepBatchNorm(RunningStatistics):
             if record:
                 self._record(row, mean, var)
             return output
-        like = input if weight is None else weight
-        running = self._row(row, like.dtype) if record else None
-        into = running or Running.of_batch(input, like)
+        dtype = statistics_dtype(input, weight)
+        running = self._row(row, dtype) if record else None
+        into = running or Running.of_batch(input, dtype)
         output = batch_normalize_into(input, weight, bias, self.eps, into, clock.first_order)
         if running is not None:
             self._count(row)

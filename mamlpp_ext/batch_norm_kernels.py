@@ -34,10 +34,15 @@ class Running(NamedTuple):
     momentum: float
 
     @classmethod
-    def of_batch(cls, x: Tensor, like: Tensor) -> Running:
-        """Returns ones that become the statistics of ``x`` alone, of the dtype of ``like``."""
-        mean, var = like.new_zeros(2, x.shape[1])
+    def of_batch(cls, x: Tensor, dtype: torch.dtype) -> Running:
+        """Returns ones that become the statistics of ``x`` alone."""
+        mean, var = x.new_zeros(2, x.shape[1], dtype=dtype)
         return cls(mean, var, 1.0)
+
+
+def statistics_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
+    """Returns the dtype of statistics of ``x``: the weight's, or without one at least float32."""
+    return torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
 
 
 def sums_and_backward(
@@ -45,8 +50,8 @@ def sums_and_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns w r P(g), sum(g xhat) and sum(g)."""
     every = [True, True, True]
-    if weight is None and not x.is_cpu:  # for the sake of the same kernel as below
-        weight = torch.ones_like(mean)
+    if weight is None and (mean.dtype != x.dtype or not x.is_cpu):
+        weight = torch.ones_like(mean)  # tells the kernel the dtype of statistics, or is needed
     return _backward(g, x, weight, None, None, mean, rstd, True, eps, every)  # type: ignore[no-any-return]
 
 
@@ -69,7 +74,7 @@ def _torchs_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
 ) -> _Forward:
     if running is None:
-        running = Running.of_batch(x, x if weight is None else weight)
+        running = Running.of_batch(x, statistics_dtype(x, weight))
     y, mean, rstd = torch.native_batch_norm(
         x, weight, bias, running.mean, running.var, True, running.momentum, eps
     )

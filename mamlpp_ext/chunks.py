@@ -69,13 +69,14 @@ class _WithGradients(torch.autograd.Function):
     def forward(
         ctx: Any, value: Tensor, grads: Sequence[Tensor | None], *tensors: Tensor
     ) -> Tensor:
-        ctx.grads = grads
+        ctx.save_for_backward(*grads)  # so that they go with the backward
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return None, None, *(None if grad is None else cotangent * grad for grad in ctx.grads)
+        grads = (None if grad is None else cotangent * grad for grad in ctx.saved_tensors)
+        return None, None, *grads
 
 
 class _Differentiated(torch.autograd.Function):
@@ -87,7 +88,6 @@ class _Differentiated(torch.autograd.Function):
             wanted = [t for t in (*inputs, *tensors[count:]) if t.requires_grad]
             grads = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
         found = iter(grads if keep is None else [None if g is None else keep(g) for g in grads])
-        # Saved, so that they go with the backward, however long the loss is held.
         ctx.save_for_backward(*(next(found) if t.requires_grad else None for t in tensors))
         ctx.mark_non_differentiable(*others)
         return losses.detach(), *others

@@ -159,6 +159,9 @@ def _per_step(layer: _BatchNorm, num_steps: int, extra_steps: ExtraSteps) -> _Pe
     )
     if layer.bias is None:  # torch's bias=False
         new.register_parameter("bias", None)
+    for name, buffer in layer._buffers.items():
+        if buffer is not None:  # statistics in float32 beside weights in half precision stay so
+            new._buffers[name] = new._buffers[name].to(buffer.dtype)  # type: ignore[union-attr]
     new.load_state_dict(layer.state_dict())  # spreads each [C] tensor over the rows
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(getattr(layer, name).requires_grad)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from mamlpp_ext.adapted import listing
 from mamlpp_ext.derivative_order import DerivativeOrderAnnealing
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
@@ -83,7 +84,7 @@ def _about_norm(module: nn.Module, lslr: LSLR | None) -> list[str]:
     if plain:
         noun = "layer is" if len(plain) == 1 else "layers are"
         findings.append(
-            f"problem: {len(plain)} plain BatchNorm {noun} left over ({_some(plain)}); convert "
+            f"problem: {len(plain)} plain BatchNorm {noun} left over ({listing(plain)}); convert "
             "the model with convert_batchnorm"
         )
     for name, layer in per_step.items():
@@ -101,8 +102,8 @@ def _about_rates(module: nn.Module, lslr: LSLR | None) -> list[str]:
     missing = [name for name in lslr.names if name not in dict(module.named_parameters())]
     if missing:
         return [
-            f"problem: LSLR adapts {_some(missing)}, which the model does not have; build it from "
-            "this model"
+            f"problem: LSLR adapts {listing(missing)}, which the model does not have; build it "
+            "from this model"
         ]
     tensors = f"{len(lslr.names)} tensors over {lslr.num_steps} steps"
     if not lslr.rates.requires_grad:
@@ -171,7 +172,7 @@ def _about_optimizer(
     if outside:
         findings.append(
             f"problem: {len(outside)} parameters of the model are not in the meta-optimizer "
-            f"({_some(outside)}); {_FIX_OPTIMIZER}"
+            f"({listing(outside)}); {_FIX_OPTIMIZER}"
         )
     return findings
 
@@ -185,11 +186,6 @@ def _about_gradients(module: nn.Module, lslr: LSLR | None) -> list[str]:
     if len(unreached) in (0, len(trained)):  # none at all: backward has not been called yet
         return []
     return [
-        f"problem: no gradient reaches {_some(unreached)}; use it in forward, freeze it with "
+        f"problem: no gradient reaches {listing(unreached)}; use it in forward, freeze it with "
         "requires_grad_(False), or look for a detach() on its way to the loss"
     ]
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

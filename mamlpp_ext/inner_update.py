@@ -89,6 +89,8 @@ def _alike(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype != b.dtype:
+        return (a * b).sum()
     if a.is_contiguous():
         return a.flatten().dot(b.flatten())
     if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):  # flat in this order

@@ -15,10 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from mamlpp_ext.convolution import convolution
 from mamlpp_ext.known_gradients import KnownGradients
-from mamlpp_ext.layout import in_default_layout, view
+from mamlpp_ext.layout import Views, in_default_layout
 from mamlpp_ext.max_pool import max_pool2d
 from mamlpp_ext.quick_function import transforms_active
 
+_VIEWS = (Tensor.view, Tensor.view_as)
 _POOLING = (torch.max_pool2d, F.max_pool2d)
 # These rise with their input (F.leaky_relu: where its slope does), or stay as they are.
 _ACTIVATIONS = (torch.relu, Tensor.relu, F.relu, F.leaky_relu)
@@ -31,7 +32,6 @@ def _replacements(
     return {
         **{f: partial(max_pool2d, f, second_order) for f in _POOLING},
         **{f: partial(convolution, f, count, second_order, known) for count, f in convolutions},
-        **{f: partial(view, f) for f in (Tensor.view, Tensor.view_as)},
     }
 
 
@@ -98,6 +98,12 @@ class FastKernels(TorchFunctionMode):
         order = bool(second_order)
         self.replacements = _REPLACEMENTS[order] if known is None else _replacements(order, known)
         self.activated: _Activated | None = None  # by the very last call
+        self.views = Views()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leaves the block; what a forward has written to a copy raises."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.views.end()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -107,6 +113,8 @@ class FastKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         quick = None if torch.compiler.is_compiling() else self.replacements.get(func)
         if quick is None:
+            if func in _VIEWS and not torch.compiler.is_compiling():
+                return self.views(func, *args, **kwargs)
             output = func(*args, **kwargs)
             if func in _ACTIVATIONS:
                 self.activated = _Activated(func, args, kwargs, output)
@@ -159,7 +167,8 @@ class _Hooks:
 def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[None]:
     """Lets calls of ``module`` inside the ``with`` block take quicker CPU kernels.
 
-    The values and all derivatives are torch's own, for layers and for functions alike:
+    The values and all derivatives are torch's own but for rounding, for layers and for functions
+    alike:
 
     - convolutions of images return channels_last, in which batch norm and pooling are fastest;
     - convolutions have a double backward made of the kernels of training, and under ``vmap`` add
@@ -167,9 +176,10 @@ def fast_kernels(module: nn.Module, *, second_order: bool = True) -> Iterator[No
     - max pooling takes torch's kernel for channels_last, comes before a ReLU, and has derivatives
       that keep no feature map.
 
-    A forward may look at a feature map by ``view`` all the same, and images are returned in the
-    layout that they would have without. Gradients of a convolution's weight may be channels_last:
-    flatten them by ``reshape``.
+    A forward may look at a feature map by ``view`` all the same, though not write through it, and
+    images are returned in the layout that they would have without. Gradients of a convolution's
+    weight may be channels_last: flatten them by ``reshape``. Where a pooling follows, no gradient
+    reaches what the ReLU itself returned (a feature map that you keep to differentiate by).
 
     :func:`task_batch_loss` and the adapters' ``innerloop_ctx`` do this by themselves; a loop in
     plain ``torch.func`` gains by it. Small inputs, autocast, code that ``torch.compile`` traces and

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+# What is inside of a tensor that a torch.func transform has wrapped; not public.
+_functorch: Any = getattr(torch._C, "_functorch", None)
+
 
 def channels_last(x: Tensor) -> Tensor:
     """Returns ``x`` [N, C, H, W] in channels_last."""
@@ -23,15 +26,48 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def view(function: Any, x: Tensor, *shape: Any, **named: Any) -> Tensor:
-    """Does what ``function`` does, ``Tensor.view`` or ``view_as``, for any layout.
+class Views:
+    """Does what ``Tensor.view`` and ``view_as`` do, for channels_last too, which they refuse.
 
-    Forwards flatten feature maps by ``view``, which channels_last refuses.
+    Forwards flatten feature maps by them. What is returned for channels_last is of a copy, so that
+    nobody may write to it: :meth:`end` says so if somebody did.
     """
-    try:
-        return function(x, *shape, **named)  # type: ignore[no-any-return]
-    except RuntimeError:
-        return function(x.contiguous(), *shape, **named)  # type: ignore[no-any-return]
+
+    def __init__(self) -> None:
+        self.copies: list[Tensor] = []
+
+    def __call__(self, function: Any, x: Tensor, *shape: Any, **named: Any) -> Tensor:
+        """Calls ``function``, one of the two."""
+        try:
+            return function(x, *shape, **named)  # type: ignore[no-any-return]
+        except RuntimeError:
+            # [N, C, H, W] or [C, H, W]; whatever else it refuses, it refuses.
+            if x.dim() not in (3, 4) or not x.stride(-3) < x.stride(-1):
+                raise
+            self.copies.append(x.contiguous())
+            return function(self.copies[-1], *shape, **named)  # type: ignore[no-any-return]
+
+    def end(self) -> None:
+        """Forgets the copies.
+
+        Raises:
+            RuntimeError: if one was written to.
+        """
+        copies, self.copies = self.copies, []
+        if any(_innermost(copy)._version for copy in copies):
+            raise RuntimeError(
+                "the forward writes in place to a view of a feature map, which is a copy here: "
+                "inside the adapters' innerloop_ctx, task_batch_loss and fast_kernels images are "
+                "channels_last. Write to the feature map itself, or to what follows from it out of "
+                "place, e.g. x.view(...).clamp(min=0)"
+            )
+
+
+def _innermost(x: Tensor) -> Tensor:
+    """Returns the tensor that torch.func transforms have wrapped: theirs count no changes."""
+    while _functorch is not None and _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 def in_default_layout(outputs: Any, inputs: Any) -> Any:

@@ -68,14 +68,15 @@ def folded(tensor: Tensor | None, dim: int | None, size: int, channel: int) -> A
     if tensor is None:
         return None
     if dim is None:
-        # A copy: one channel expanded to many would be a view of stride 0, and torch's CPU kernels
-        # read weights and statistics as if they were contiguous (2.13: wrong gradients, no error).
         repeats = [1] * tensor.dim()
         repeats[channel] = size
         return tensor.repeat(repeats)
     if dim != channel:
         tensor = tensor.movedim(dim, channel)
-    return tensor.flatten(channel, channel + 1)
+    flat = tensor.flatten(channel, channel + 1)
+    # With one channel it is a view, and torch's CPU kernels read weights and statistics as if they
+    # were contiguous (2.13: wrong gradients, no error).
+    return flat if flat.dim() > 1 else flat.contiguous()
 
 
 def all_folded(

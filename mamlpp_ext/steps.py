@@ -5,16 +5,21 @@ A per-step layer is any module with an attribute ``inner_step`` that holds an :c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import checked_count, select_row
 
 # What forwards measured, in order: the layer and row, the batch mean and unbiased variance.
 Tape = list[tuple[tuple[nn.Module, int], Tensor, Tensor]]
+
+
+# The number of the backward that this thread is in, -1 for none; not public.
+_backward_in_progress: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 class Freeze:
@@ -50,9 +55,11 @@ class InnerStep:
             them written at once, which ``torch.func`` transforms cannot do; otherwise None.
         driver: the loop that moves ``index`` at present.
         second_order: whether gradients of gradients will be asked for, by the adapter's context.
+        placed: whether a context holds ``index`` where it is.
     """
 
     def __init__(self) -> None:
+        self.placed = False
         self.index = 0
         self.freezes: list[Freeze] = []
         self.tape: Tape | None = None
@@ -67,6 +74,11 @@ class InnerStep:
         """
         said = None if self.driver is None else self.driver.second_order
         return not (self.second_order if said is None else said)
+
+    @property
+    def astray(self) -> bool:
+        """Whether a backward calls this forward, at whatever step the loop has come to by then."""
+        return not self.placed and _backward_in_progress() >= 0
 
     @property
     def frozen(self) -> bool:
@@ -214,7 +226,7 @@ def placed_at(clocks: list[InnerStep], step: int) -> Iterator[None]:
     """Runs the forwards inside the ``with`` block with these positions at ``step``."""
     with kept_steps(clocks):
         for clock in clocks:
-            clock.index = step
+            clock.index, clock.placed = step, True
         yield
 
 
@@ -234,9 +246,9 @@ def of_order(clocks: list[InnerStep], second_order: bool) -> Iterator[None]:
 @contextmanager
 def kept_steps(clocks: list[InnerStep]) -> Iterator[None]:
     """Puts the inner steps back on exit, however the block ends."""
-    before = [(clock, clock.index, clock.driver) for clock in clocks]
+    before = [(clock, clock.index, clock.driver, clock.placed) for clock in clocks]
     try:
         yield
     finally:
-        for clock, index, driver in before:
-            clock.index, clock.driver = index, driver
+        for clock, index, driver, placed in before:
+            clock.index, clock.driver, clock.placed = index, driver, placed

@@ -111,6 +111,7 @@ def task_batch_loss(
         Antoniou et al., "How to train your MAML", ICLR 2019, section 4; the loop is that of MAML.
     """
     num_steps = checked_count("num_steps", num_steps)
+    check_functions(loss_fn, aggregate)
     tasks = check_batch(batch)
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
     _check_layers(model)
@@ -132,6 +133,7 @@ def task_batch_loss(
     def loss_of(part: Batch) -> Tensor:
         step_losses, logits, tape = inner.run(part, counted)
         loss = step_losses[:, -1] if aggregate is None else aggregate(step_losses)
+        _check_aggregated(loss, step_losses)
         done.append((step_losses.detach(), logits.detach(), tape))
         return loss.mean() * (len(step_losses) / tasks)
 
@@ -159,21 +161,43 @@ def _commit(tapes: tuple[Tape, ...]) -> None:
 
 def _counted_steps(aggregate: Aggregate | None, num_steps: int) -> list[bool]:
     """Says for each step whether its target loss enters the meta-loss, so needs a graph."""
-    if isinstance(aggregate, MultiStepLoss):
-        if aggregate.num_steps != num_steps:
-            raise ValueError(
-                f"aggregate is a MultiStepLoss with num_steps={aggregate.num_steps}, but "
-                f"task_batch_loss got num_steps={num_steps}; they must agree, so build it with "
-                f"num_steps={num_steps}"
-            )
+    if isinstance(aggregate, MultiStepLoss) and aggregate.num_steps != num_steps:
+        raise ValueError(
+            f"aggregate is a MultiStepLoss with num_steps={aggregate.num_steps}, but "
+            f"task_batch_loss got num_steps={num_steps}; they must agree, so build it with "
+            f"num_steps={num_steps}"
+        )
+    if type(aggregate) is MultiStepLoss:
         return [weight > 0 for weight in aggregate.weights.tolist()]
-    final_only = aggregate is None or isinstance(aggregate, FinalStepLoss)
+    # Of a subclass nothing is known.
+    final_only = aggregate is None or type(aggregate) is FinalStepLoss
     return [not final_only or step == num_steps - 1 for step in range(num_steps)]
 
 
 def _shares_equally(aggregate: Aggregate | None) -> bool:
     """Returns whether a step's target losses enter with the same weight for every task."""
     return aggregate is None or type(aggregate) in (MultiStepLoss, FinalStepLoss)
+
+
+def check_functions(loss_fn: Loss, aggregate: Aggregate | None) -> None:
+    """Says which of the functions cannot be called, before the inner loop has run."""
+    for name, function in (("loss_fn", loss_fn), ("aggregate", aggregate)):
+        if not callable(function) and (name == "loss_fn" or function is not None):
+            raise TypeError(
+                f"{name} must be callable, got {function!r} of type {type(function).__name__}; "
+                "pass a function such as torch.nn.functional.cross_entropy"
+                + (", MultiStepLoss(...) or None" if name == "aggregate" else "")
+            )
+
+
+def _check_aggregated(loss: Tensor, step_losses: Tensor) -> None:
+    if not isinstance(loss, Tensor) or loss.shape != step_losses.shape[:1]:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"aggregate must return a loss for each task, [T] = {tuple(step_losses.shape[:1])}, "
+            f"from step losses [T, num_steps] = {tuple(step_losses.shape)}, got {got}; reduce the "
+            "last dimension alone, as in losses.mean(-1)"
+        )
 
 
 def check_batch(batch: Batch) -> int:

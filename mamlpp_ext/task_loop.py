@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.adapted import listing
 from mamlpp_ext.chunks import differentiated
 from mamlpp_ext.kernels import worth_it
 from mamlpp_ext.known_gradients import KnownGradients
@@ -45,8 +46,15 @@ class TaskLoop:
         self.second_order, self.rematerialize = second_order, rematerialize
         self.all_step_losses = all_step_losses
         self.initial = lslr.parameters_of(model)
+        self.adapting = [name for name, p in self.initial.items() if p.requires_grad]
+        if not self.adapting:
+            raise ValueError(
+                f"every parameter that this LSLR adapts ({listing(list(self.initial))}) is frozen; "
+                "call requires_grad_(True) on them, or build an LSLR with another adapt"
+            )
         outer = [p for name, p in model.named_parameters() if name not in self.initial]
-        self.learned = [p for p in (*outer, *lslr.parameters()) if p.requires_grad]
+        of_loss = loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ()
+        self.learned = [p for p in (*outer, *lslr.parameters(), *of_loss) if p.requires_grad]
         # Read in eval mode; in the list, changing them before the backward is an error.
         read = [b for m in model.modules() if not m.training for b in m.buffers(recurse=False)]
         self.captured = [*self.learned, *read]
@@ -77,6 +85,8 @@ class TaskLoop:
         adapted: Params = dict(self.initial)
         if single:
             data = tuple(tensor[0] for tensor in data)
+            # As with several tasks: what loss_fn reads of the model itself is not adapted.
+            adapted = {name: p.view_as(p) for name, p in adapted.items()}
         else:
             if worth_it(data[0], within=True):
                 # Once, instead of every task's own in every convolution.

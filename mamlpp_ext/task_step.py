@@ -44,7 +44,10 @@ class TaskStep:
         adapted = dict(zip(self.inner.initial, tensors, strict=True))
         tracked = torch.is_grad_enabled()
         if not tracked:  # evaluation, or a step whose graph is rebuilt later
-            adapted = {name: t.detach().requires_grad_() for name, t in adapted.items()}
+            learning = self.inner.adapting
+            adapted = {
+                name: t.detach().requires_grad_(name in learning) for name, t in adapted.items()
+            }
         clocks, order = self.inner.clocks, tracked and self.inner.second_order
         kernels = FastKernels(self.inner.second_order, self.known)
         with placed_at(clocks, self.step), of_order(clocks, order):
@@ -82,11 +85,12 @@ class TaskStep:
         self, losses: Tensor, adapted: Params, with_graph: bool
     ) -> dict[str, Tensor | None]:
         # No loss depends on another task's weights: the sum's gradient is each one's.
+        wanted = [adapted[name] for name in self.inner.adapting]  # not those frozen since
         with nullcontext() if self.known is None else self.known.in_the_inner_backward():
             found = torch.autograd.grad(
-                losses.sum(), [*adapted.values()], create_graph=with_graph, allow_unused=True
+                losses.sum(), wanted, create_graph=with_graph, allow_unused=True
             )
-        return dict(zip(adapted, found, strict=True))
+        return {**dict.fromkeys(adapted), **dict(zip(self.inner.adapting, found, strict=True))}
 
     def _forward(
         self, adapted: Params, data: tuple[Tensor, ...], kernels: FastKernels

@@ -230,7 +230,12 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     inner_opt = MetaLSLR(net, lslr, second_order)
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
     clocks = clocks_of(net)
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in net.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         with (
             alone(net),
@@ -241,8 +246,9 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
             yield inner_opt
     except BaseException:
         with torch.no_grad():
-            for buffer, before in buffers:
+            for held, name, buffer, before in buffers:
                 buffer.copy_(before)
+                held[name] = buffer  # a forward may have put another in its place
         raise
     finally:
         torchopt.recover_state_dict(net, weights)
