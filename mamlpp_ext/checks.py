@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any, Literal
 
+from torch import Tensor
+
 ExtraSteps = Literal["error", "last"]
 
 
@@ -22,6 +24,33 @@ def checked_count(name: str, value: Any, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}; pass a larger one")
     return number
+
+
+def checked_order(value: Any) -> bool:
+    """Returns ``value``, a ``second_order``, if it is True or False."""
+    if not isinstance(value, (bool, int)):
+        raise TypeError(
+            f"second_order must be True or False, got {value!r} of type {type(value).__name__}; "
+            "pass e.g. da.second_order of a DerivativeOrderAnnealing da"
+        )
+    return bool(value)
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """Returns ``loss``, a support loss, if an inner step can differentiate it."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"step takes the support loss, a 0-dim tensor, got {loss!r} of type "
+            f"{type(loss).__name__}; pass the loss itself, not loss.item()"
+        )
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "the support loss has no graph, so nothing can be adapted by it; leave torch.no_grad() "
+            "and inference_mode() out of the inner loop (to evaluate without meta-gradients pass "
+            "second_order=False, or track_higher_grads=False in higher), and detach() out of the "
+            "forward"
+        )
+    return loss
 
 
 def checked_extra_steps(value: str) -> ExtraSteps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -9,7 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from mamlpp_ext.adapted import listing
 from mamlpp_ext.derivative_order import DerivativeOrderAnnealing
-from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.lslr import LSLR, checked_lslr
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import per_step_layers
 
@@ -43,7 +45,7 @@ def check_setup(
         not passed counts as off.
 
     Raises:
-        TypeError: if ``module`` is not a module.
+        TypeError: if an argument is of another kind.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
@@ -58,6 +60,7 @@ def check_setup(
     Source:
         Antoniou et al., "How to train your MAML", ICLR 2019, section 4, for the six improvements.
     """
+    _check_kinds(lslr, multi_step_loss, derivative_order)
     return [
         *_about_norm(module, lslr),
         *_about_rates(module, lslr),
@@ -67,6 +70,21 @@ def check_setup(
         *_about_optimizer(module, lslr, meta_optimizer),
         *_about_gradients(module, lslr),
     ]
+
+
+def _check_kinds(lslr: Any, multi_step_loss: Any, derivative_order: Any) -> None:
+    if lslr is not None:
+        checked_lslr(lslr)
+    if not (multi_step_loss is None or callable(multi_step_loss)):
+        raise TypeError(
+            "multi_step_loss must be a MultiStepLoss, another aggregator or None, got "
+            f"{multi_step_loss!r}; pass each schedule by its own name"
+        )
+    if not (derivative_order is None or isinstance(derivative_order, DerivativeOrderAnnealing)):
+        raise TypeError(
+            "derivative_order must be a DerivativeOrderAnnealing or None, got "
+            f"{derivative_order!r}; pass each schedule by its own name"
+        )
 
 
 def _about_norm(module: nn.Module, lslr: LSLR | None) -> list[str]:
@@ -87,6 +105,21 @@ def _about_norm(module: nn.Module, lslr: LSLR | None) -> list[str]:
             f"problem: {len(plain)} plain BatchNorm {noun} left over ({listing(plain)}); convert "
             "the model with convert_batchnorm"
         )
+    held = {id(p): name for name, p in module.named_parameters()}
+    rows = [held[id(p)] for layer in per_step.values() for p in layer.parameters()]
+    adapted = [name for name in rows if lslr is not None and name in lslr.names]
+    if adapted:
+        findings.append(
+            f"on: the inner loop adapts rows of per-step layers, too ({listing(adapted)}); for "
+            "the outer loop to learn them alone, build the LSLR from the converted model with "
+            "adapt=None"
+        )
+    idle = [name for name, layer in per_step.items() if _first_row_alone(layer)]
+    if idle:
+        findings.append(
+            f"problem: forwards have used the first row alone of {listing(idle)}; write the inner "
+            "loop as 'for step in mamlpp_ext.inner_steps(model, num_steps)', which tells the layers"
+        )
     for name, layer in per_step.items():
         if lslr is not None and layer.num_steps != lslr.num_steps:
             findings.append(
@@ -94,6 +127,11 @@ def _about_norm(module: nn.Module, lslr: LSLR | None) -> list[str]:
                 f"num_steps={lslr.num_steps}; build both with the number of inner steps"
             )
     return findings
+
+
+def _first_row_alone(layer: Any) -> bool:
+    counts = layer.num_batches_tracked
+    return counts is not None and bool(counts[0] > 0) and not bool(counts[1:].any())
 
 
 def _about_rates(module: nn.Module, lslr: LSLR | None) -> list[str]:

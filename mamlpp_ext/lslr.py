@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -72,10 +73,12 @@ class LSLR(nn.Module):
             )
         self.num_steps = checked_count("num_steps", num_steps)
         self.extra_steps = checked_extra_steps(extra_steps)
-        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
+        number = isinstance(lr, Real) or (isinstance(lr, Tensor) and not lr.dim())
+        if isinstance(lr, bool) or not number or not 0 <= lr < math.inf:
             raise ValueError(
                 f"lr must be a finite number of at least 0, got {lr!r}; 0.1 is the paper's for "
-                "Omniglot and 0.01 for Mini-ImageNet (training may turn a rate negative later)"
+                "Omniglot and 0.01 for Mini-ImageNet (training may turn a rate negative later); "
+                "for rates that differ write to lslr.rates.data [tensors, num_steps]"
             )
         self.names = select_parameters(module, adapt)
         chosen = dict(module.named_parameters())
@@ -105,6 +108,7 @@ class LSLR(nn.Module):
 
         Raises:
             KeyError: if an adapted parameter is missing from ``params`` or ``grads``.
+            TypeError: if one of these is not a dict.
             ValueError: if ``step`` is out of range, or a gradient has another shape than its
                 parameter.
 
@@ -185,6 +189,11 @@ class LSLR(nn.Module):
         return None
 
     def _check_names(self, given: Mapping[str, Any], what: str) -> None:
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{what} must be a dict by name, got {type(given).__name__}; pass "
+                "dict(model.named_parameters()), and dict(zip(lslr.names, grads)) as gradients"
+            )
         missing = [name for name in self.names if name not in given]
         if missing:
             raise KeyError(
@@ -232,6 +241,16 @@ class LSLR(nn.Module):
             f"{len(self.names)} tensors, num_steps={self.num_steps}, "
             f"learnable={self.rates.requires_grad}, extra_steps={self.extra_steps!r}"
         )
+
+
+def checked_lslr(lslr: Any) -> LSLR:
+    """Returns ``lslr`` if it is one."""
+    if not isinstance(lslr, LSLR):
+        raise TypeError(
+            f"expected the inner rates, an LSLR, got {type(lslr).__name__}; it takes the place of "
+            "an inner optimizer: pass LSLR(model, num_steps, lr) (learnable=False fixes the rates)"
+        )
+    return lslr
 
 
 def _other_shape(name: str, param: Tensor, grad: Tensor) -> ValueError:

@@ -21,6 +21,10 @@ class EpochSchedule:
         """Ends an epoch; call it once an epoch, not once an iteration."""
         self.last_epoch += 1
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.__dict__.items())
+        return f"{type(self).__name__}({settings})"
+
     def state_dict(self) -> dict[str, int]:
         """Returns the settings and ``last_epoch``, all whole numbers."""
         return dict(self.__dict__)

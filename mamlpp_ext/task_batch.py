@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mamlpp_ext.checks import checked_count
+from mamlpp_ext.checks import checked_count, checked_order
 from mamlpp_ext.chunks import added_up
 from mamlpp_ext.gather import gathered
 from mamlpp_ext.lslr import LSLR
@@ -65,7 +65,10 @@ def task_batch_loss(
         lslr: the rates; they decide what is adapted.
         batch: support inputs [T, S, ...], support labels [T, S, ...], target inputs [T, Q, ...],
             target labels [T, Q, ...].
-        loss_fn: ``(logits, labels) -> 0-dim loss`` of one task, e.g. ``F.cross_entropy``.
+        loss_fn: ``(logits, labels) -> 0-dim loss`` of one task, e.g. ``F.cross_entropy``. If it is
+            a module, its parameters are learned as the model's are. What it reads of the model
+            itself are the initial weights, not a task's (weight decay of the adapted ones takes a
+            loop with :meth:`LSLR.update`).
         num_steps: K, the number of inner steps.
         aggregate: from step losses [T, num_steps] to a loss for each task, [T]:
             :class:`MultiStepLoss`, or any function; None is the final step's loss. In
@@ -75,11 +78,11 @@ def task_batch_loss(
         rematerialize: keep only each step's weights, and gradients as large, and rebuild its graph
             in the backward: memory nearly flat in ``num_steps``, for more time. (In first order
             there is no graph of a step, and this costs nothing.) Gradients then reach the model,
-            the rates and the batch, not tensors that ``loss_fn`` closes over, and have no graph
-            themselves.
+            the rates, the batch and the parameters of ``loss_fn``, not tensors that it closes over,
+            and have no graph themselves.
         chunk_size: how many tasks at once; None for all. The gradients of a chunk are taken before
-            the next begins, so memory is that of one chunk; they then reach and are limited as with
-            ``rematerialize``. Nothing is computed twice, but few tasks at once take longer each.
+            the next begins, so memory is that of one chunk; they then reach what they reach with
+            ``rematerialize``, and the parameters of an ``aggregate`` that is a module. Nothing is computed twice, but few tasks at once take longer each.
             ``aggregate`` is applied to each chunk.
         all_step_losses: whether target losses that do not enter the meta-loss (those of weight 0
             in a :class:`MultiStepLoss`, all but the last without one) are computed too. False saves
@@ -91,11 +94,14 @@ def task_batch_loss(
         The meta-loss, the step losses and the last logits.
 
     Raises:
-        TypeError: if a count is not a whole number, or the model or ``loss_fn`` does not return a
-            tensor.
-        ValueError: if shapes do not agree, the loss is not 0-dim, a step is out of range, the
-            rates are another model's, or the model has a BatchNorm or InstanceNorm of torch's with
-            running statistics, which vmap cannot update.
+        RuntimeError: if the model does what vmap cannot run (``chunk_size=1`` goes without), or in
+            ``torch.inference_mode()``.
+        TypeError: if a count is not a whole number, an argument of another kind, or the model or
+            ``loss_fn`` does not return a tensor.
+        ValueError: if shapes do not agree, the loss is not 0-dim or ``aggregate`` returns anything
+            but [T], a step is out of range, the rates are another model's or all frozen, or the
+            model has a BatchNorm or InstanceNorm of torch's with running statistics, which vmap
+            cannot update.
 
     Example:
         >>> net = torch.nn.Linear(3, 2)
@@ -110,8 +116,13 @@ def task_batch_loss(
     Source:
         Antoniou et al., "How to train your MAML", ICLR 2019, section 4; the loop is that of MAML.
     """
-    num_steps = checked_count("num_steps", num_steps)
+    num_steps, second_order = checked_count("num_steps", num_steps), checked_order(second_order)
     check_functions(loss_fn, aggregate)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "the inner loop needs gradients, which torch.inference_mode() rules out; evaluate "
+            "under torch.no_grad() instead"
+        )
     tasks = check_batch(batch)
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
     _check_layers(model)
@@ -139,7 +150,8 @@ def task_batch_loss(
 
     losses = map(loss_of, parts)  # one after the other, none of them kept
     if len(parts) > 1 and torch.is_grad_enabled():
-        loss = added_up(losses, inner.learned_from(batch))
+        of_aggregate = aggregate.parameters() if isinstance(aggregate, nn.Module) else ()
+        loss = added_up(losses, [*inner.learned_from(batch), *of_aggregate])
     else:
         loss = torch.stack(list(losses)).sum()
     all_losses, all_logits, tapes = zip(*done, strict=True)
@@ -204,7 +216,8 @@ def check_batch(batch: Batch) -> int:
     """Returns T, the number of tasks, if the parts agree."""
     names = ("x_support", "y_support", "x_target", "y_target")
     if len(batch) != len(names) or not all(isinstance(t, Tensor) and t.dim() > 1 for t in batch):
-        got = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in batch]
+        got: Any = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in batch]
+        got = got if isinstance(batch, (tuple, list)) else type(batch).__name__
         raise ValueError(
             f"batch must be {names} of shapes [T, S, ...], [T, S, ...], [T, Q, ...], [T, Q, ...], "
             f"got {got}; stack the tasks along a new dimension 0"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.cuda_graph import Captured, check_on_one_gpu, graph_key, plain_attributes
-from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.lslr import LSLR, checked_lslr
 from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import clocks_of
 from mamlpp_ext.task_batch import Aggregate, Batch, TaskBatchResult, check_batch, task_batch_loss
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class TaskBatchLoss(nn.Module):
     """:func:`task_batch_loss` as a module that holds the model and its rates.
 
-    Its parameters are the model's and the rates: an optimizer, a ``state_dict`` or a wrapper sees
-    all that is learned. With several processes, each with its share of the tasks,
+    Its parameters are the model's, the rates, and those of ``loss_fn`` and ``aggregate`` if these
+    are modules: an optimizer, a ``state_dict`` or a wrapper sees all that is learned. With several processes, each with its share of the tasks,
     ``DistributedDataParallel(TaskBatchLoss(..., process_group=torch.distributed.group.WORLD))``
     leaves in every process the gradients and running statistics that one process with all tasks, in
     the order of the ranks, would have; the wrapper's defaults do. Make the module after
@@ -54,6 +54,7 @@ class TaskBatchLoss(nn.Module):
             from the first, statistics of its share.
 
     Raises:
+        TypeError: if ``lslr`` is no :class:`LSLR`.
         ValueError: if ``lslr`` was made for another model, or ``cuda_graph`` is asked for together
             with what it excludes.
 
@@ -92,7 +93,9 @@ class TaskBatchLoss(nn.Module):
             raise ValueError(
                 f"cuda_graph=True cannot capture what {other} does; leave one of them out"
             )
-        lslr.parameters_of(model)  # refuses another model's rates now, not in the first forward
+        checked_lslr(lslr).parameters_of(
+            model
+        )  # refuses another model's rates now, not in the first forward
         self.model, self.lslr = model, lslr
         self.loss_fn, self.num_steps, self.aggregate = loss_fn, num_steps, aggregate
         self.rematerialize, self.chunk_size = rematerialize, chunk_size

@@ -13,7 +13,7 @@ from mamlpp_ext.chunks import differentiated
 from mamlpp_ext.kernels import worth_it
 from mamlpp_ext.known_gradients import KnownGradients
 from mamlpp_ext.layout import channels_last
-from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.lslr import LSLR, checked_lslr
 from mamlpp_ext.rematerialize import Shelf, rematerialized
 from mamlpp_ext.steps import Tape, checked_clocks
 from mamlpp_ext.task_step import TaskStep
@@ -42,7 +42,7 @@ class TaskLoop:
         at_once: bool,
         batch: tuple[Tensor, ...],
     ) -> None:
-        self.model, self.lslr, self.loss_fn = model, lslr, loss_fn
+        self.model, self.lslr, self.loss_fn = model, checked_lslr(lslr), loss_fn
         self.second_order, self.rematerialize = second_order, rematerialize
         self.all_step_losses = all_step_losses
         self.initial = lslr.parameters_of(model)

@@ -98,7 +98,15 @@ class TaskStep:
         loss = partial(self._loss, kernels if self.quick else nullcontext())
         if self.single:
             return loss(adapted, *data)
-        return vmap(loss, randomness="different")(adapted, *data)
+        try:
+            return vmap(loss, randomness="different")(adapted, *data)
+        except RuntimeError as error:
+            if "vmap" not in str(error) and "Batching rule" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error}\nThe model or loss_fn does something that torch.func.vmap cannot run "
+                "for several tasks at once; pass chunk_size=1 to run them one by one"
+            ) from error
 
     def _loss(
         self, kernels: Any, adapted: Params, x: Tensor, y: Tensor

@@ -52,6 +52,9 @@ class Question:
     def __post_init__(self) -> None:
         for name in ("ways", "shots", "targets", "steps", "tasks"):
             checked_count(name, getattr(self, name))
+        for name in ("chunk_size", "threads"):
+            if getattr(self, name) is not None:
+                checked_count(name, getattr(self, name))
         if self.channels_last and len(self.shape) != 3:
             raise ValueError(
                 f"channels_last is a layout of images [C, H, W], got inputs of shape {self.shape}; "

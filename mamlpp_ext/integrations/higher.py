@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.checks import checked_loss, checked_order
 from mamlpp_ext.exclusive import alone
 from mamlpp_ext.kernels import fast_kernels
-from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.lslr import LSLR, checked_lslr
 from mamlpp_ext.steps import clocks_of, kept_steps, of_order
 
 try:
@@ -46,6 +47,7 @@ class LSLROptimizer(torch.optim.Optimizer):
             parameter group, which higher's ``override`` can change.
 
     Raises:
+        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`.
         ValueError: if ``lslr`` was made for another model, or the model is patched already.
 
     Example:
@@ -61,7 +63,7 @@ class LSLROptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, module: nn.Module, lslr: LSLR, second_order: bool = True) -> None:
-        self.lslr = lslr
+        self.lslr = checked_lslr(lslr)
         params = list(lslr.parameters_of(module).values())
         # The rates stay out of the group: higher copies groups deeply, which cuts a learnable rate
         # off its leaf. The position in the inner loop is in it, so that higher takes it over.
@@ -144,6 +146,8 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
             The new parameters, in the order of ``module.parameters()``.
 
         Raises:
+            RuntimeError: if ``loss`` has no graph.
+            TypeError: if it is no tensor.
             ValueError: after more steps than the rates have columns, or for an ``override`` of
                 another setting.
         """
@@ -158,7 +162,7 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         fast = list(given)
         (group,), (places,) = self.param_groups, self._group_to_param_list
         group["params"] = [fast[place] for place in places]
-        grads = self._grads(loss, group["params"])
+        grads = self._grads(checked_loss(loss), group["params"])
         callback = grad_callback or self._grad_callback
         if callback is not None:  # higher hands it the gradients of all parameters
             every = [torch.zeros_like(p) for p in fast]  # 0 where nothing is adapted
@@ -223,6 +227,7 @@ def innerloop_ctx(
         ``(fnet, diffopt)``: the patched model and its :class:`DifferentiableLSLR`.
 
     Raises:
+        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`.
         ValueError: if ``lslr`` was made for another model, or ``net`` is patched already.
         RuntimeError: if another ``innerloop_ctx`` on ``net`` is open.
 
@@ -239,6 +244,7 @@ def innerloop_ctx(
     Source:
         The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
+    second_order = checked_order(second_order)
     optimizer, clocks = LSLROptimizer(net, lslr, second_order), clocks_of(net)
     with (
         alone(net),

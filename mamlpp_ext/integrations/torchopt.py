@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.checks import checked_loss, checked_order
 from mamlpp_ext.exclusive import alone
 from mamlpp_ext.kernels import fast_kernels
-from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.lslr import LSLR, checked_lslr
 from mamlpp_ext.steps import clocks_of, kept_steps, of_order
 
 try:
@@ -135,6 +136,7 @@ class MetaLSLR(torchopt.MetaOptimizer):
         second_order: as the argument; may be set at any time between steps.
 
     Raises:
+        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`.
         ValueError: if ``lslr`` was made for another model, or ``net`` is inside an inner loop.
 
     Example:
@@ -153,7 +155,7 @@ class MetaLSLR(torchopt.MetaOptimizer):
     """
 
     def __init__(self, net: nn.Module, lslr: LSLR, second_order: bool = True) -> None:
-        parameters = lslr.parameters_of(net)
+        parameters = checked_lslr(lslr).parameters_of(net)
         super().__init__(net, lslr_transform(lslr))
         self.lslr, self.second_order = lslr, second_order
         names = {id(p): name for name, p in parameters.items()}
@@ -175,12 +177,17 @@ class MetaLSLR(torchopt.MetaOptimizer):
             loss: the support loss, 0-dim.
 
         Raises:
+            RuntimeError: if ``loss`` has no graph.
+            TypeError: if it is no tensor.
             ValueError: after more steps than the rates have columns.
         """
         params = {name: places[0][0][places[0][1]] for name, places in self._places.items()}
         wanted = {name: p for name, p in params.items() if p.requires_grad}
         found = torch.autograd.grad(
-            loss, list(wanted.values()), create_graph=self.second_order, allow_unused=True
+            checked_loss(loss),
+            list(wanted.values()),
+            create_graph=self.second_order,
+            allow_unused=True,
         )
         grads = {**dict.fromkeys(params), **dict(zip(wanted, found, strict=True))}
         state: Any = self.state_groups[0]
@@ -211,6 +218,7 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
         The :class:`MetaLSLR` of this inner loop.
 
     Raises:
+        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`.
         ValueError: if ``lslr`` was made for another model, or ``net`` holds adapted weights.
         RuntimeError: if another ``innerloop_ctx`` on ``net`` is open.
 
@@ -227,6 +235,7 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     Source:
         The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
+    second_order = checked_order(second_order)
     inner_opt = MetaLSLR(net, lslr, second_order)
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
     clocks = clocks_of(net)
