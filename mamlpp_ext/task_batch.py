@@ -82,8 +82,9 @@ def task_batch_loss(
             and have no graph themselves.
         chunk_size: how many tasks at once; None for all. The gradients of a chunk are taken before
             the next begins, so memory is that of one chunk; they then reach what they reach with
-            ``rematerialize``, and the parameters of an ``aggregate`` that is a module. Nothing is computed twice, but few tasks at once take longer each.
-            ``aggregate`` is applied to each chunk.
+            ``rematerialize``, and the parameters of an ``aggregate`` that is a module. Nothing is
+            computed twice, but few tasks at once take longer each. ``aggregate`` is applied to each
+            chunk.
         all_step_losses: whether target losses that do not enter the meta-loss (those of weight 0
             in a :class:`MultiStepLoss`, all but the last without one) are computed too. False saves
             their forwards, which then leave no statistics either; in ``step_losses`` they are NaN.

@@ -23,7 +23,8 @@ class TaskBatchLoss(nn.Module):
     """:func:`task_batch_loss` as a module that holds the model and its rates.
 
     Its parameters are the model's, the rates, and those of ``loss_fn`` and ``aggregate`` if these
-    are modules: an optimizer, a ``state_dict`` or a wrapper sees all that is learned. With several processes, each with its share of the tasks,
+    are modules: an optimizer, a ``state_dict`` or a wrapper sees all that is learned. With several
+    processes, each with its share of the tasks,
     ``DistributedDataParallel(TaskBatchLoss(..., process_group=torch.distributed.group.WORLD))``
     leaves in every process the gradients and running statistics that one process with all tasks, in
     the order of the ranks, would have; the wrapper's defaults do. Make the module after
@@ -93,9 +94,8 @@ class TaskBatchLoss(nn.Module):
             raise ValueError(
                 f"cuda_graph=True cannot capture what {other} does; leave one of them out"
             )
-        checked_lslr(lslr).parameters_of(
-            model
-        )  # refuses another model's rates now, not in the first forward
+        # Refuses another model's rates now, not in the first forward.
+        checked_lslr(lslr).parameters_of(model)
         self.model, self.lslr = model, lslr
         self.loss_fn, self.num_steps, self.aggregate = loss_fn, num_steps, aggregate
         self.rematerialize, self.chunk_size = rematerialize, chunk_size

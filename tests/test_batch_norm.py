@@ -281,3 +281,36 @@ def test_batches_taken_in_at_once_are_forwards_in_turn(momentum: float | None) -
         layer(batch)
     twin.absorb(0, batches.mean(1), batches.var(1))
     torch.testing.assert_close(dict(twin.named_buffers()), dict(layer.named_buffers()))
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_not_contiguous(kind: str, second_order: bool) -> None:
+    """torch's own kernel for [N, C] would read them wrongly."""
+    layer, _, x = pair(kind)
+    apart = torch.randn(ROWS, CHANNELS, 2)[..., 0]
+    results = []
+    for weight in (apart, apart.contiguous(), apart[:, :1].expand(-1, CHANNELS)):
+        for value in (weight, weight.clone(memory_format=torch.contiguous_format)):
+            for _ in mpp.inner_steps(layer, ROWS, second_order=second_order):
+                leaf = x.clone().requires_grad_()
+                y = torch.func.functional_call(layer, {"weight": value}, (leaf,))
+            results.append(torch.autograd.grad(y.sin().sum(), leaf))
+    for ours, expected in zip(results[::2], results[1::2], strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_statistics_of_half_precision_without_weights_are_in_float32(second_order: bool) -> None:
+    ours, plain = mpp.PerStepBatchNorm2d(4, 2, affine=False), nn.BatchNorm2d(4, affine=False)
+    ours, plain = ours.float(), plain.float()
+    for _ in range(50):
+        x = (20 + torch.randn(8, 4, 3, 3)).bfloat16().requires_grad_()
+        for _ in mpp.inner_steps(ours, 1, second_order=second_order):
+            found = ours(x)
+        expected = plain(x)
+    torch.testing.assert_close(ours.running_mean[0], plain.running_mean)
+    torch.testing.assert_close(ours.running_var[0], plain.running_var)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(y.float().sin().sum(), x) for y in (found, expected)]
+    torch.testing.assert_close(*grads)

@@ -247,3 +247,12 @@ def test_inside_frozen_statistics(unchanged: Any) -> None:
     with unchanged(model), mpp.frozen_statistics(model):
         with pytest.raises(ValueError, match="inside frozen_statistics; convert the model before"):
             mpp.convert_batchnorm(model, 2)
+
+
+def test_statistics_keep_a_dtype_of_their_own() -> None:
+    plain = nn.BatchNorm1d(4).float()
+    plain.running_mean.fill_(1.2345678)
+    plain.weight.data, plain.bias.data = plain.weight.bfloat16(), plain.bias.bfloat16()
+    layer = mpp.convert_batchnorm(plain, 3)
+    assert layer.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(layer.running_mean, plain.running_mean.expand(3, 4), rtol=0, atol=0)

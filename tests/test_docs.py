@@ -164,6 +164,7 @@ def findings() -> list[str]:
     norms = nn.BatchNorm1d(4), mpp.PerStepBatchNorm1d(4, 2)
     net = nn.Sequential(nn.Linear(2, 4), *norms)
     net[0].weight.grad = torch.zeros(4, 2)
+    net[2](torch.randn(3, 4))
     optimizer = torch.optim.Adam([net[0].weight], lr=1e-3)
     lslr = mpp.LSLR(net, 3)
     constant = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=1e-3)

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mamlpp_ext as mpp
 from mamlpp_ext import __main__ as command
@@ -142,14 +143,45 @@ def inside_torchopt(net: Net, use: Callable[[Net], Any]) -> None:
         use(net)
 
 
-def enter_higher(net: Net, lslr: mpp.LSLR | None = None) -> None:
-    with mpp_higher.innerloop_ctx(net, lslr or mpp.LSLR(per_step(), 3)):
+def enter_higher(net: Net, lslr: mpp.LSLR | None = None, **settings: Any) -> None:
+    with mpp_higher.innerloop_ctx(net, lslr or mpp.LSLR(per_step(), 3), **settings):
         pass
 
 
-def enter_torchopt(net: Net, lslr: mpp.LSLR | None = None) -> None:
-    with mpp_torchopt.innerloop_ctx(net, lslr or mpp.LSLR(per_step(), 3)):
+def enter_torchopt(net: Net, lslr: mpp.LSLR | None = None, **settings: Any) -> None:
+    with mpp_torchopt.innerloop_ctx(net, lslr or mpp.LSLR(per_step(), 3), **settings):
         pass
+
+
+def number_in_torchopt(net: Net) -> None:
+    with mpp_torchopt.innerloop_ctx(net, mpp.LSLR(net, 3)) as inner_opt:
+        inner_opt.step(1.5)
+
+
+def all_frozen_since(net: Net) -> None:
+    other = copy.deepcopy(net)
+    lslr = mpp.LSLR(other, 3)
+    run(other.requires_grad_(False), lslr=lslr)
+
+
+def within_a_backward(net: Net) -> None:
+    """As activation checkpointing does."""
+    x = torch.randn(4, 3, requires_grad=True)
+    with mpp.frozen_statistics(net):
+        checkpoint(copy.deepcopy(net), x, use_reentrant=False).sum().backward()
+
+
+class WritesToAView(nn.Sequential):
+    def forward(self, input: Tensor) -> Any:
+        features = self[0](input)
+        features.view(len(input), -1).clamp_(min=0)
+        return features
+
+
+def write_to_a_view(net: Net, wrap: Callable[[Any], Any] = lambda call: call) -> None:
+    model = WritesToAView(nn.Conv2d(1, 4, 3))
+    with mpp.fast_kernels(model):
+        wrap(model)(torch.randn(4, 1, 28, 28))
 
 
 def nested_in_higher(net: Net) -> None:
@@ -377,6 +409,16 @@ LAYERS: dict[str, Row] = {
         ValueError,
         ("extra_steps", "got None"),
     ),
+    "integers, in eval": (
+        lambda n: norm1d(4, 3).eval()(x1.to(torch.uint8)),
+        TypeError,
+        ("expects floating-point input", "got torch.uint8", ".float()"),
+    ),
+    "within a backward": (
+        within_a_backward,
+        RuntimeError,
+        ("called within a backward", "activation checkpointing", "rematerialize=True", "at_step"),
+    ),
     "1d given 4": (
         lambda n: norm1d(4, 3)(x2),
         ValueError,
@@ -411,6 +453,11 @@ RATES: dict[str, Row] = {
         lambda n: mpp.LSLR(n.parameters(), 5),
         TypeError,
         ("torch.nn.Module", "got generator", "pass the model itself"),
+    ),
+    "update with lists": (
+        lambda n: mpp.LSLR(n, 3).update([*n.parameters()], [*n.parameters()], 0),
+        TypeError,
+        ("params must be a dict by name", "got list", "dict(model.named_parameters())"),
     ),
     "lr nan": (lambda n: mpp.LSLR(n, 5, lr=math.nan), ValueError, ("lr", "finite", "got nan")),
     "lr inf": (lambda n: mpp.LSLR(n, 5, lr=math.inf), ValueError, ("lr", "finite", "got inf")),
@@ -607,6 +654,60 @@ TASK_BATCHES: dict[str, Row] = {
         ValueError,
         ("num_steps=2", "num_steps=3"),
     ),
+    "a dict": (
+        lambda n: run(n, data=dict(zip("abcd", batch(), strict=True))),
+        ValueError,
+        ("x_support", "got dict", "stack the tasks"),
+    ),
+    "no loss": (
+        lambda n: run(n, loss=None),
+        TypeError,
+        ("loss_fn must be callable", "got None of type NoneType", "cross_entropy"),
+    ),
+    "aggregate by name": (
+        lambda n: run(n, aggregate="mean"),
+        TypeError,
+        ("aggregate must be callable", "got 'mean' of type str", "MultiStepLoss(...) or None"),
+    ),
+    "aggregate of the tasks": (
+        lambda n: run(n, aggregate=lambda losses: losses[-1]),
+        ValueError,
+        ("[T] = (2,)", "[T, num_steps] = (2, 3)", "got shape (3,)", "losses.mean(-1)"),
+    ),
+    "aggregate to a number": (
+        lambda n: run(n, aggregate=lambda losses: losses.sum().item()),
+        ValueError,
+        ("[T] = (2,)", "got float", "losses.mean(-1)"),
+    ),
+    "order by its schedule": (
+        lambda n: run(n, second_order=mpp.DerivativeOrderAnnealing(5)),
+        TypeError,
+        (
+            "second_order must be True or False",
+            "got DerivativeOrderAnnealing(last_epoch=0, first_order_epochs=5)",
+            "da.second_order",
+        ),
+    ),
+    "in inference mode": (
+        torch.inference_mode()(run),
+        RuntimeError,
+        ("torch.inference_mode() rules out", "under torch.no_grad()"),
+    ),
+    "what vmap cannot run": (
+        lambda n: run(n, loss=lambda a, b: a.sum() * a.sum().item()),
+        RuntimeError,
+        (".item()", "torch.func.vmap cannot run", "chunk_size=1"),
+    ),
+    "everything frozen since": (
+        all_frozen_since,
+        ValueError,
+        ("every parameter that this LSLR adapts", "'head.bias'", "requires_grad_(True)"),
+    ),
+    "an optimizer for rates": (
+        lambda n: run(n, lslr=torch.optim.SGD(n.parameters(), 0.1)),
+        TypeError,
+        ("expected the inner rates, an LSLR", "got SGD", "LSLR(model, num_steps, lr)"),
+    ),
     "rates of another model": (
         lambda n: run(n, lslr=mpp.LSLR(without_norm(), 3)),
         ValueError,
@@ -669,6 +770,26 @@ CONTEXTS: dict[str, Row] = {
         ValueError,
         ("inner step 3", "LSLR with num_steps=3", "legal: 0 to 2", "extra_steps='last'"),
     ),
+    "higher, a loss without a graph": (
+        torch.no_grad()(lambda n: steps_in_higher(n, 1)),
+        RuntimeError,
+        ("has no graph", "torch.no_grad()", "track_higher_grads=False"),
+    ),
+    "torchopt, a number for the loss": (
+        number_in_torchopt,
+        TypeError,
+        ("got 1.5 of type float", "not loss.item()"),
+    ),
+    "torchopt, order by its schedule": (
+        lambda n: enter_torchopt(n, second_order=mpp.DerivativeOrderAnnealing(5)),
+        TypeError,
+        ("second_order must be True or False", "da.second_order"),
+    ),
+    "higher, order by its schedule": (
+        lambda n: enter_higher(n, second_order=mpp.DerivativeOrderAnnealing(5)),
+        TypeError,
+        ("second_order must be True or False", "da.second_order"),
+    ),
     "higher, override of a rate": (
         lambda n: inside_higher(n, lambda net: None, override={"lr": [0.5]}),
         ValueError,
@@ -718,6 +839,31 @@ CONVERSIONS: dict[str, Row] = {
     ),
 }
 OUTSIDE: dict[str, Row] = {
+    "a view of a feature map written to": (
+        write_to_a_view,
+        RuntimeError,
+        ("writes in place to a view of a feature map", "channels_last", "clamp(min=0)"),
+    ),
+    "setup, an optimizer for rates": (
+        lambda n: mpp.check_setup(n, torch.optim.SGD(n.parameters(), 0.1)),
+        TypeError,
+        ("expected the inner rates, an LSLR", "got SGD"),
+    ),
+    "setup, order for losses": (
+        lambda n: mpp.check_setup(n, None, multi_step_loss=mpp.DerivativeOrderAnnealing(5)),
+        TypeError,
+        ("multi_step_loss must be", "got DerivativeOrderAnnealing", "by its own name"),
+    ),
+    "setup, losses for order": (
+        lambda n: mpp.check_setup(n, None, derivative_order=msl(3, 10)),
+        TypeError,
+        ("derivative_order must be", "got MultiStepLoss", "by its own name"),
+    ),
+    "benchmark, no task at once": (
+        lambda n: Question("module:model", (20,), chunk_size=0),
+        ValueError,
+        ("chunk_size must be at least 1", "got 0"),
+    ),
     "torch, too old": (
         lambda n: import_with_torch("2.5.1+cpu"),
         ImportError,

@@ -648,3 +648,22 @@ def test_feature_maps_can_be_viewed_as_torchs_can(flat) -> None:
     expected = flat(x, w)
     with FastKernels(second_order=True):
         torch.testing.assert_close(flat(x, w), expected)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_writing_to_a_view_of_a_feature_map_is_refused(many: bool) -> None:
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        with FastKernels(True):
+            features = F.conv2d(x, w)
+            features.view(len(x), -1)[:, 0] = 0.0
+        return features
+
+    x, w = torch.randn(2, 3, 2, 20, 20), torch.randn(2, 4, 2, 3, 3)
+    with pytest.raises(RuntimeError, match="writes in place to a view"):
+        vmap(forward)(x, w) if many else forward(x[0], w[0])
+
+
+@pytest.mark.parametrize("x", [torch.randn(5, 4, 3, 2).transpose(1, 2), torch.randn(6, 4).T])
+def test_views_that_torch_refuses_are_refused(x: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="view size is not compatible"), FastKernels(True):
+        x.view(len(x), -1) if x.dim() == 4 else x.view(-1)

@@ -181,3 +181,22 @@ def test_nothing_is_changed(net: nn.Module, lslr: mpp.LSLR, unchanged: Any) -> N
     optimizer = adam(net, lslr)
     with unchanged(net), unchanged(lslr):
         check(net, lslr, optimizer, multi_step_loss=mpp.MultiStepLoss(3, 10))
+
+
+def test_a_loop_that_does_not_tell_the_layers(net: nn.Module, lslr: mpp.LSLR) -> None:
+    x, expected = torch.randn(5, 3), "the first row alone"
+    assert not any(expected in finding for finding in check(net, lslr))
+    for _ in range(3):
+        net(x)
+    assert any(expected in finding for finding in problems(check(net, lslr)))
+    for _ in mpp.inner_steps(net, 3):
+        net(x)
+    assert not any(expected in finding for finding in check(net, lslr))
+
+
+def test_rates_of_rows_that_the_outer_loop_was_to_learn() -> None:
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    net, before = mpp.convert_batchnorm(plain, 3), mpp.LSLR(plain, 3)  # the wrong way round
+    found = [finding for finding in check(net, before) if "adapts rows" in finding]
+    assert "'1.weight'" in found[0]
+    assert not any("adapts rows" in finding for finding in check(net, mpp.LSLR(net, 3)))

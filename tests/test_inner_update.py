@@ -232,3 +232,14 @@ def test_gradients_of_none_leave_parameters_as_they_are(
     after = lslr.update(params, grads, 1)
     for i, name in enumerate(lslr.names):
         assert (after[name] is params[name]) == (i in absent)
+
+
+def test_float32_gradients_of_half_precision_parameters() -> None:
+    found = []
+    for update in BOTH:
+        params = [torch.linspace(-1, 1, 6).bfloat16().view(2, 3).requires_grad_()]
+        rates = torch.full((1,), 0.5, requires_grad=True)
+        grads = [torch.linspace(1, 2, 6, dtype=torch.float32).view(2, 3)]
+        (update(params, grads, rates)[0].sin().sum()).backward()
+        found.append((params[0].grad, rates.grad))
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)

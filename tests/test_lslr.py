@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -288,3 +289,8 @@ def test_what_comes_after_a_missing_gradient_is_updated(net: nn.Module, lslr: mp
     assert updated[lslr.names[0]] is params[lslr.names[0]]
     for name, rate in zip(lslr.names[1:], lslr.rates[1:, 0], strict=True):
         torch.testing.assert_close(updated[name], params[name] - rate)
+
+
+@pytest.mark.parametrize("lr", [np.float32(0.5), torch.tensor(0.5), 0.5, 1])
+def test_any_number_is_a_rate(net: nn.Module, lr: Any) -> None:
+    assert torch.equal(mpp.LSLR(net, 2, lr).rates, torch.full((4, 2), float(lr)))

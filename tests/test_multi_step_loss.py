@@ -176,3 +176,9 @@ def test_beside_cosine_annealing() -> None:
     finals = [weights[-1].item() for _, weights, _ in seen]
     assert finals == pytest.approx([0.5, 0.625, 0.75, 0.875, 1, 1])
     assert optimizer.param_groups[0]["lr"] == pytest.approx(end)
+
+
+def test_schedules_show_their_settings() -> None:
+    msl = mpp.MultiStepLoss(5, anneal_epochs=10)
+    msl.step()
+    assert repr(msl) == "MultiStepLoss(last_epoch=1, num_steps=5, anneal_epochs=10)"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mamlpp_ext as mpp
 
@@ -203,3 +204,15 @@ def test_only_one_part_may_be_frozen() -> None:
     with mpp.frozen_statistics(both[0]):
         both(torch.randn(5, 3))
     assert [layer.num_batches_tracked.item() for layer in both] == [0, 1]
+
+
+def test_forwards_within_a_backward_are_right_inside_at_step() -> None:
+    """Activation checkpointing calls the layers again; outside they refuse (test_errors)."""
+    net = nn.Sequential(nn.Linear(3, 4), mpp.PerStepBatchNorm1d(4, 3), nn.Tanh())
+    with torch.no_grad():
+        net[1].weight.copy_(torch.arange(1.0, 4.0).unsqueeze(1).expand(3, 4))
+    x = torch.randn(5, 3, requires_grad=True)
+    with mpp.at_step(net, 1):
+        outputs = net(x), checkpoint(net, x, use_reentrant=False)
+        grads = [torch.autograd.grad(y.sin().sum(), x) for y in outputs]
+    torch.testing.assert_close(*grads)

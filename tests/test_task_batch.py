@@ -535,3 +535,114 @@ def test_what_is_kept_of_a_step_has_its_layout_and_counts_its_changes_alone() ->
     kept[0].zero_()
     assert [t._version - v for t, v in zip(kept, versions, strict=True)] == [1, 0, 0, 0]
     assert torch.equal(kept[1], tensors[1])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_norms_of_one_channel_adapted_by_the_inner_loop(rows: int) -> None:
+    """Their weights lie apart in memory when they are one for each task."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 1, 3), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(576, 2)
+    )
+    net = mpp.convert_batchnorm(net, rows, extra_steps="last")
+    with torch.no_grad():
+        net[2].weight.copy_(1.0 + torch.arange(rows).unsqueeze(1))
+    lslr, labels = mpp.LSLR(net, 3, lr=0.3, adapt="*"), torch.tensor([[0, 1, 0, 1]] * 3)
+    batch = torch.randn(3, 4, 1, 28, 28), labels, torch.randn(3, 4, 1, 28, 28), labels
+    grads = [
+        torch.autograd.grad(run(net, lslr, batch, chunk_size=size).loss, list(net.parameters()))
+        for size in (None, 1)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+class MeanLoss(mpp.FinalStepLoss):
+    def __call__(self, step_losses: Any) -> Tensor:
+        return step_losses.mean(-1)
+
+
+class PenalisedLoss(mpp.MultiStepLoss):
+    def __call__(self, step_losses: Any) -> Tensor:
+        return super().__call__(step_losses) + step_losses[..., 0]
+
+
+@pytest.mark.parametrize("aggregate", [MeanLoss(), PenalisedLoss(3, 0)])
+def test_subclasses_of_aggregates_may_use_every_step(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, aggregate: Any
+) -> None:
+    learned = [*net.parameters(), *lslr.parameters()]
+    grads = [
+        torch.autograd.grad(run(net, lslr, tasks, aggregate=function).loss, learned)
+        for function in (aggregate, lambda losses: aggregate(losses))
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("graph", [True, False])
+def test_parameters_frozen_after_the_rates_were_made_stay_as_they_are(
+    net: nn.Module, tasks: Any, form: dict[str, Any], graph: bool
+) -> None:
+    lslr = mpp.LSLR(net, 3)
+    frozen = next(iter(net.parameters())).requires_grad_(False)
+    without = mpp.LSLR(net, 3)
+    assert len(without.names) == len(lslr.names) - 1
+    with torch.set_grad_enabled(graph):
+        ours, expected = (run(net, table, tasks, **form) for table in (lslr, without))
+    torch.testing.assert_close(ours.step_losses, expected.step_losses)
+    if graph:
+        ours.loss.backward()
+        assert frozen.grad is None
+        assert lslr.rates.grad[1:].all()
+        assert not lslr.rates.grad[0].any()
+
+
+class Learned(nn.Module):
+    """A loss with a temperature, and an aggregate with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return logits[:, -1] + self.value * logits[:, 0]
+        return F.cross_entropy(logits / self.value, labels)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_modules_for_loss_and_aggregate_learn(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, form: dict[str, Any]
+) -> None:
+    found = []
+    for settings in ({}, form):
+        loss, aggregate = Learned(), Learned()
+        meta = mpp.TaskBatchLoss(net, lslr, loss, num_steps=3, aggregate=aggregate, **settings)
+        meta(*tasks).loss.backward()
+        found.append([p.grad for p in (loss.value, aggregate.value)])
+    assert all(grad is not None and grad for grad in found[0])
+    torch.testing.assert_close(*found)
+
+
+def test_loss_functions_that_read_the_model_see_its_initial_weights(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any
+) -> None:
+    decay = next(iter(net.parameters()))
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels) + 0.1 * decay.square().sum()
+
+    losses = [
+        mpp.task_batch_loss(net, lslr, tasks, loss, num_steps=3, **form).step_losses
+        for form in FORMS.values()
+    ]
+    for one in losses[1:]:
+        torch.testing.assert_close(one, losses[0])
+
+
+def test_gradients_taken_by_chunks_go_with_the_backward(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any
+) -> None:
+    loss = run(net, lslr, tasks, chunk_size=1).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()

@@ -318,3 +318,32 @@ def test_parameters_without_gradient_stay(net: nn.Module, task: Task) -> None:
     rates = lslr.rates.grad
     assert rates[lslr.names.index("spare.weight")].count_nonzero() == 0
     assert rates[lslr.names.index("head.weight")].count_nonzero() == 3
+
+
+class Averaging(nn.Module):
+    """Puts a new buffer in the place of the old one in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("average", torch.zeros(2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.layer(input)
+        self.average = 0.9 * self.average + 0.1 * output.detach().mean(0)
+        return output
+
+
+def test_an_exception_puts_back_a_buffer_that_was_replaced() -> None:
+    net = Averaging()
+    before = net.average
+
+    def fail() -> None:
+        with innerloop_ctx(net, mpp.LSLR(net, 2)):
+            net(torch.ones(4, 3))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert net.average is before
+    assert not before.any()
