@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from mamlpp_ext.batch_norm_kernels import Running, statistics_dtype
 from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, select_row
 from mamlpp_ext.closed_form import batch_normalize, batch_normalize_into
-from mamlpp_ext.normalization import normalize
+from mamlpp_ext.normalization import batch_normalize_reference, normalize
 from mamlpp_ext.quick_function import transforms_active
 from mamlpp_ext.running_statistics import RunningStatistics
 from mamlpp_ext.steps import InnerStep
@@ -131,8 +131,10 @@ class _PerStepBatchNorm(RunningStatistics):
     ) -> Tensor:
         clock = self.inner_step
         record = self.training and self.track_running_stats and not clock.frozen
-        if transforms_active():
-            output, mean, var = batch_normalize(input, weight, bias, self.eps)
+        traced = torch.compiler.is_compiling()  # by torch, which fuses plain operations itself
+        if traced or transforms_active():
+            function = batch_normalize_reference if traced else batch_normalize
+            output, mean, var = function(input, weight, bias, self.eps)
             if record:
                 self._record(row, mean, var)
             return output

@@ -27,8 +27,8 @@ def checked_count(name: str, value: Any, least: int = 1) -> int:
 
 
 def checked_order(value: Any) -> bool:
-    """Returns ``value``, a ``second_order``, if it is True or False."""
-    if not isinstance(value, (bool, int)):
+    """Returns ``value``, a ``second_order``, if it is True or False, numpy's and torch's too."""
+    if not (isinstance(value, (bool, int)) or hasattr(value, "__array__")):
         raise TypeError(
             f"second_order must be True or False, got {value!r} of type {type(value).__name__}; "
             "pass e.g. da.second_order of a DerivativeOrderAnnealing da"

@@ -19,6 +19,7 @@ def added_up(losses: Iterable[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         losses: 0-dim, computed while this iterates.
         tensors: what gradients must reach; further ones get none, and the gradients no graph.
     """
+    tensors = distinct(tensors)  # or a gradient would arrive as often as its tensor stands there
     total: Any = 0.0
     grads: list[Tensor | None] = [None] * len(tensors)
     for loss in losses:
@@ -57,6 +58,11 @@ def with_gradients(
     """Returns ``loss``, without a graph, as one whose gradients to ``tensors`` are ``grads``."""
     apply: Any = _WithGradients.apply
     return apply(loss, grads, *tensors)  # type: ignore[no-any-return]
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns each tensor once."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _sum(pair: tuple[Tensor | None, Tensor | None]) -> Tensor | None:

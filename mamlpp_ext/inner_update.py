@@ -25,7 +25,7 @@ def descend(params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor) ->
         grads: of the same shapes.
         rates: [len(params)].
     """
-    if transforms_active() or not params:
+    if torch.compiler.is_compiling() or transforms_active() or not params:
         return descend_reference(params, grads, rates)
     apply: Any = _Descend.apply
     return apply(rates, *params, *grads)  # type: ignore[no-any-return]

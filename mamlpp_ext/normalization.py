@@ -10,6 +10,8 @@ def batch_normalize_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``closed_form.batch_normalize`` computes, composed of differentiable operations."""
+    dtype = x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))
     mean = x.mean(others(x))
     centred = x - wide(mean, x)
     var = centred.square().mean(others(x))
@@ -19,7 +21,7 @@ def batch_normalize_reference(
     if bias is not None:
         output = output + wide(bias, x)
     count = x.numel() // x.shape[1]
-    return output, mean, var * count / (count - 1)
+    return output.to(dtype), mean, var * count / (count - 1)
 
 
 def normalize(

@@ -59,12 +59,12 @@ class InnerStep:
     """
 
     def __init__(self) -> None:
-        self.placed = False
         self.index = 0
         self.freezes: list[Freeze] = []
         self.tape: Tape | None = None
         self.driver: _Driver | None = None
         self.second_order = True
+        self.placed = False
 
     @property
     def first_order(self) -> bool:
@@ -78,7 +78,9 @@ class InnerStep:
     @property
     def astray(self) -> bool:
         """Whether a backward calls this forward, at whatever step the loop has come to by then."""
-        return not self.placed and _backward_in_progress() >= 0
+        if self.placed or torch.compiler.is_compiling():
+            return False
+        return _backward_in_progress() >= 0
 
     @property
     def frozen(self) -> bool:

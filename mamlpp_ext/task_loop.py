@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.adapted import listing
-from mamlpp_ext.chunks import differentiated
+from mamlpp_ext.chunks import differentiated, distinct
 from mamlpp_ext.kernels import worth_it
 from mamlpp_ext.known_gradients import KnownGradients
 from mamlpp_ext.layout import channels_last
@@ -53,11 +53,11 @@ class TaskLoop:
                 "call requires_grad_(True) on them, or build an LSLR with another adapt"
             )
         outer = [p for name, p in model.named_parameters() if name not in self.initial]
-        of_loss = loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ()
+        of_loss = [*loss_fn.parameters()] if isinstance(loss_fn, nn.Module) else []
         self.learned = [p for p in (*outer, *lslr.parameters(), *of_loss) if p.requires_grad]
         # Read in eval mode; in the list, changing them before the backward is an error.
         read = [b for m in model.modules() if not m.training for b in m.buffers(recurse=False)]
-        self.captured = [*self.learned, *read]
+        self.captured = distinct([*self.learned, *read])
         read_too = [t for t in (*outer, *batch) if t.requires_grad]
         self.at_once = at_once and self._gains_by_differentiating(read_too)
         self.clocks = checked_clocks(model, num_steps - 1)

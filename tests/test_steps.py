@@ -216,3 +216,22 @@ def test_forwards_within_a_backward_are_right_inside_at_step() -> None:
         outputs = net(x), checkpoint(net, x, use_reentrant=False)
         grads = [torch.autograd.grad(y.sin().sum(), x) for y in outputs]
     torch.testing.assert_close(*grads)
+
+
+# Dynamo looks at every attribute of what it is called with.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_torch_compile_traces_layers_and_update() -> None:
+    """Whole, without breaks, where it is to make the kernels."""
+    ours = mpp.convert_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), 3)
+    theirs, x, found = copy.deepcopy(ours), torch.randn(5, 3), []
+    lslr = mpp.LSLR(ours, 3)
+    for net, compiled in ((ours, False), (theirs, True)):
+        run, update = net, lslr.update
+        if compiled:
+            run, update = (torch.compile(f, backend="eager", fullgraph=True) for f in (net, update))
+        losses = [run(x).sin().sum() for _ in mpp.inner_steps(net, 3)]
+        params = dict(net.named_parameters())
+        grads = torch.autograd.grad(torch.stack(losses).sum(), [*params.values()])
+        adapted = update(params, dict(zip(params, grads, strict=True)), 1)
+        found.append((losses, adapted, net[1].running_mean, net[1].running_var))
+    torch.testing.assert_close(*found)

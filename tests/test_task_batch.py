@@ -646,3 +646,34 @@ def test_gradients_taken_by_chunks_go_with_the_backward(
     loss.backward()
     with pytest.raises(RuntimeError, match="a second time"):
         loss.backward()
+
+
+class LossOfTheModel(nn.Module):
+    """Holds the model, and so has its parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        size = sum(p.square().sum() for p in self.model.parameters())
+        return logits[:, -1] * size if labels is None else F.cross_entropy(logits, labels) + size
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_gradients_of_what_is_held_twice_arrive_once(
+    net: nn.Module, lslr: mpp.LSLR, tasks: Any, form: dict[str, Any]
+) -> None:
+    held = LossOfTheModel(net)
+    inputs = tasks[0].requires_grad_()
+    batch = (inputs, tasks[1], inputs, tasks[1])
+    grads = [
+        torch.autograd.grad(
+            mpp.task_batch_loss(
+                net, lslr, batch, held, num_steps=3, aggregate=held, **settings
+            ).loss,
+            [*net.parameters(), *lslr.parameters(), inputs],
+        )
+        for settings in ({}, form)
+    ]
+    torch.testing.assert_close(*grads)
