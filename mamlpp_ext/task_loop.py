@@ -53,7 +53,7 @@ class TaskLoop:
                 "call requires_grad_(True) on them, or build an LSLR with another adapt"
             )
         outer = [p for name, p in model.named_parameters() if name not in self.initial]
-        of_loss = [*loss_fn.parameters()] if isinstance(loss_fn, nn.Module) else []
+        of_loss = loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ()
         self.learned = [p for p in (*outer, *lslr.parameters(), *of_loss) if p.requires_grad]
         # Read in eval mode; in the list, changing them before the backward is an error.
         read = [b for m in model.modules() if not m.training for b in m.buffers(recurse=False)]
