@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -47,6 +47,30 @@ def select_parameters(module: nn.Module, adapt: Adapt) -> tuple[str, ...]:
             f"that require grad: {listing(trainable)}"
         )
     return tuple(names)
+
+
+def parameters_named(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Returns what :meth:`LSLR.parameters_of` does."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"expected the model, a torch.nn.Module, got {type(module).__name__}; pass the "
+            "model first and its LSLR second"
+        )
+    params = dict(module.named_parameters())
+    missing = [name for name in names if name not in params]
+    if missing:
+        raise ValueError(
+            f"this LSLR adapts {listing(missing)}, which {type(module).__name__} does not "
+            f"have (it has {listing(list(params))}); build the table from this model"
+        )
+    adapted = [name for name in names if not isinstance(params[name], nn.Parameter)]
+    if adapted:
+        raise ValueError(
+            f"{listing(adapted)} of {type(module).__name__} are adapted weights instead of "
+            "parameters: the model is inside an inner loop already, or patched; end that loop "
+            "first, or pass the original model"
+        )
+    return {name: params[name] for name in names}
 
 
 def _patterns(adapt: Any) -> list[str]:

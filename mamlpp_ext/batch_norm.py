@@ -2,186 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
-
-from mamlpp_ext.batch_norm_kernels import Running, statistics_dtype
-from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, select_row
-from mamlpp_ext.closed_form import batch_normalize, batch_normalize_into
-from mamlpp_ext.normalization import batch_normalize_reference, normalize
-from mamlpp_ext.quick_function import transforms_active
-from mamlpp_ext.running_statistics import RunningStatistics
-from mamlpp_ext.steps import InnerStep
+from mamlpp_ext.per_step_norm import PerStepBatchNorm
 
 
-def _check_number(name: str, value: Any, low: float, high: float, also: str = "") -> None:
-    legal = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not legal or not low <= value <= high or not math.isfinite(value):
-        raise ValueError(
-            f"{name} must be a number from {low:g} to {high:g}{also}, got {value!r}; "
-            "nn.BatchNorm's default suits most models"
-        )
-
-
-class _PerStepBatchNorm(RunningStatistics):
-    """What the 1d, 2d and 3d layers share; they differ in the ranks they accept."""
-
-    _ranks: tuple[int, ...]
-    _shape: str
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        num_features: int,
-        num_steps: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        extra_steps: ExtraSteps = "error",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_features = checked_count("num_features", num_features)
-        self.num_steps = checked_count("num_steps", num_steps)
-        _check_number("eps", eps, 0.0, 1.0)
-        if momentum is not None:
-            _check_number("momentum", momentum, 0.0, 1.0, " or None")
-        self.eps, self.momentum = eps, momentum
-        self.affine, self.track_running_stats = affine, track_running_stats
-        self.extra_steps = checked_extra_steps(extra_steps)
-        self.inner_step = InnerStep()
-        shape = (self.num_steps, self.num_features)
-        for name in ("weight", "bias"):
-            value = torch.empty(shape, device=device, dtype=dtype) if affine else None
-            self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self._make_statistics(device, dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Sets every row's weight to 1 and bias to 0, and resets the statistics."""
-        self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises ``input`` with the row of the current inner step.
-
-        Args:
-            input: shape as in the class docstring, C = ``num_features``.
-
-        Returns:
-            The same shape and dtype.
-
-        Raises:
-            RuntimeError: within a backward, unless inside :func:`at_step`.
-            TypeError: for input that is not floating-point.
-            ValueError: for another rank or number of channels, a single value per channel where
-                batch statistics are needed, or an inner step beyond the rows.
-        """
-        if has_torch_function_unary(input):
-            # One function to subclasses and modes, as torch's own are, not each call that it makes.
-            return handle_torch_function(self._normalize, (input,), input)
-        return self._normalize(input)
-
-    def _normalize(self, input: Tensor) -> Tensor:
-        shape = input.shape
-        self._check_shape(shape)
-        if not input.is_floating_point():
-            raise TypeError(
-                f"{type(self).__name__} expects floating-point input, got {input.dtype}; convert "
-                "it, e.g. with .float()"
-            )
-        clock = self.inner_step
-        if self.num_steps > 1 and clock.astray:
-            raise RuntimeError(
-                f"{type(self).__name__} is called within a backward, as activation checkpointing "
-                f"does, and cannot know of which inner step (its position is {clock.index}); leave "
-                "the norm layers out of what is checkpointed, use "
-                "task_batch_loss(rematerialize=True) instead, or make the call inside at_step"
-            )
-        row = select_row(clock.index, self.num_steps, self.extra_steps, type(self).__name__)
-        # Contiguous, or torch's kernels for [N, C] give wrong gradients (2.13, without an error).
-        weight, bias = self.weight, self.bias
-        weight = None if weight is None else weight.select(0, row).contiguous()
-        bias = None if bias is None else bias.select(0, row).contiguous()
-        by_batch = self.training or not self.track_running_stats or clock.frozen
-        if not by_batch and self.running_mean is not None and self.running_var is not None:
-            mean, var = self.running_mean[row], self.running_var[row]
-            return normalize(input, mean, var, weight, bias, self.eps)
-        if shape.numel() // self.num_features < 2:
-            raise ValueError(
-                f"{type(self).__name__} needs more than 1 value per channel to compute batch "
-                f"statistics, got input of shape {tuple(shape)}; give it a larger batch, or "
-                "call .eval() to normalise by running statistics"
-            )
-        return self._by_batch(input, weight, bias, row)
-
-    def _by_batch(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, row: int
-    ) -> Tensor:
-        clock = self.inner_step
-        record = self.training and self.track_running_stats and not clock.frozen
-        traced = torch.compiler.is_compiling()  # by torch, which fuses plain operations itself
-        if traced or transforms_active():
-            function = batch_normalize_reference if traced else batch_normalize
-            output, mean, var = function(input, weight, bias, self.eps)
-            if record:
-                self._record(row, mean, var)
-            return output
-        dtype = statistics_dtype(input, weight)
-        running = self._row(row, dtype) if record else None
-        into = running or Running.of_batch(input, dtype)
-        output = batch_normalize_into(input, weight, bias, self.eps, into, clock.first_order)
-        if running is not None:
-            self._count(row)
-        elif record:
-            self._record(row, into.mean, into.var)
-        return output
-
-    def _check_shape(self, shape: torch.Size) -> None:
-        if len(shape) not in self._ranks:
-            raise ValueError(
-                f"{type(self).__name__} expects input of shape {self._shape}, got {tuple(shape)}; "
-                "reshape it or use the layer for that number of dimensions"
-            )
-        if shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__} expects {self.num_features} channels in dimension 1, got "
-                f"{shape[1]} in input of shape {tuple(shape)}; build it with "
-                f"num_features={shape[1]}"
-            )
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Spreads the tensors of a plain BatchNorm's checkpoint over the rows, then loads."""
-        tables = {**self._parameters, **self._buffers}
-        for name, table in tables.items():
-            value = state_dict.get(prefix + name)
-            if table is not None and value is not None and value.dim() == table.dim() - 1:
-                state_dict[prefix + name] = value.repeat(self.num_steps, *[1] * value.dim())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def extra_repr(self) -> str:
-        """Returns the settings for ``repr``."""
-        return (
-            f"{self.num_features}, num_steps={self.num_steps}, eps={self.eps}, "
-            f"momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, extra_steps={self.extra_steps!r}"
-        )
-
-
-class PerStepBatchNorm1d(_PerStepBatchNorm):
+class PerStepBatchNorm1d(PerStepBatchNorm):
     """Batch normalisation over [N, C] or [N, C, L] input with a row for every inner step.
 
     At inner step i the layer behaves as ``torch.nn.BatchNorm1d`` with weight, bias, running mean
@@ -215,6 +39,7 @@ class PerStepBatchNorm1d(_PerStepBatchNorm):
         ValueError: if an argument is outside its range.
 
     Example:
+        >>> import torch
         >>> norm = PerStepBatchNorm1d(3, num_steps=5)
         >>> norm(torch.randn(8, 3)).shape
         torch.Size([8, 3])
@@ -230,7 +55,7 @@ class PerStepBatchNorm1d(_PerStepBatchNorm):
     _shape = "[N, C] or [N, C, L]"
 
 
-class PerStepBatchNorm2d(_PerStepBatchNorm):
+class PerStepBatchNorm2d(PerStepBatchNorm):
     """Batch normalisation over [N, C, H, W] input with a row for every inner step.
 
     Equation, arguments, tables and errors are those of :class:`PerStepBatchNorm1d`.
@@ -240,6 +65,7 @@ class PerStepBatchNorm2d(_PerStepBatchNorm):
         - weight, bias, running_mean, running_var: [num_steps, C]; num_batches_tracked: [num_steps]
 
     Example:
+        >>> import torch
         >>> norm = PerStepBatchNorm2d(3, num_steps=5)
         >>> norm(torch.randn(8, 3, 4, 4)).shape
         torch.Size([8, 3, 4, 4])
@@ -252,7 +78,7 @@ class PerStepBatchNorm2d(_PerStepBatchNorm):
     _shape = "[N, C, H, W]"
 
 
-class PerStepBatchNorm3d(_PerStepBatchNorm):
+class PerStepBatchNorm3d(PerStepBatchNorm):
     """Batch normalisation over [N, C, D, H, W] input with a row for every inner step.
 
     Equation, arguments, tables and errors are those of :class:`PerStepBatchNorm1d`.
@@ -262,6 +88,7 @@ class PerStepBatchNorm3d(_PerStepBatchNorm):
         - weight, bias, running_mean, running_var: [num_steps, C]; num_batches_tracked: [num_steps]
 
     Example:
+        >>> import torch
         >>> norm = PerStepBatchNorm3d(3, num_steps=5)
         >>> norm(torch.randn(8, 3, 2, 4, 4)).shape
         torch.Size([8, 3, 2, 4, 4])

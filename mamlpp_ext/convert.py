@@ -15,14 +15,14 @@ from mamlpp_ext.batch_norm import (
     PerStepBatchNorm1d,
     PerStepBatchNorm2d,
     PerStepBatchNorm3d,
-    _PerStepBatchNorm,
 )
 from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps
 from mamlpp_ext.frozen import FrozenBatchNorm
+from mamlpp_ext.per_step_norm import PerStepBatchNorm
 from mamlpp_ext.steps import InnerStep, per_step_layers
 
 _LOGGER = logging.getLogger(__name__)
-_REPLACEMENTS: dict[type[nn.Module], type[_PerStepBatchNorm]] = {
+_REPLACEMENTS: dict[type[nn.Module], type[PerStepBatchNorm]] = {
     nn.BatchNorm1d: PerStepBatchNorm1d,
     nn.BatchNorm2d: PerStepBatchNorm2d,
     nn.BatchNorm3d: PerStepBatchNorm3d,
@@ -76,7 +76,7 @@ def convert_batchnorm(
     _check_convertible(module)
     converted = copy.deepcopy(module)  # the surgery works on the copy: a failure leaves no trace
     inner_step = InnerStep()
-    replaced: dict[int, _PerStepBatchNorm] = {}
+    replaced: dict[int, PerStepBatchNorm] = {}
     for name, layer in list(converted.named_modules()):
         if isinstance(layer, _BatchNorm):
             replaced[id(layer)] = _per_step(layer, num_steps, extra_steps)
@@ -143,7 +143,7 @@ def _check_layer(layer: _BatchNorm, where: str, tied: bool) -> None:
         )
 
 
-def _per_step(layer: _BatchNorm, num_steps: int, extra_steps: ExtraSteps) -> _PerStepBatchNorm:
+def _per_step(layer: _BatchNorm, num_steps: int, extra_steps: ExtraSteps) -> PerStepBatchNorm:
     state = {**layer._parameters, **layer._buffers}
     like = next((t for t in state.values() if t is not None), torch.empty(0))
     new = _REPLACEMENTS[type(layer)](

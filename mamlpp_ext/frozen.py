@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mamlpp_ext.steps import Freeze, clocks_of
+from mamlpp_ext.steps import clocks_of
+
+
+class Freeze:
+    """One ``frozen_statistics`` context. A copy of a model made inside holds this very object."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Freeze:
+        return self
+
+    def __getstate__(self) -> dict[str, bool]:
+        return {"open": False}  # of a pickle: no context is open where it is loaded
 
 
 class FrozenBatchNorm(_BatchNorm):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.adapted import Adapt, listing, select_parameters
+from mamlpp_ext.adapted import Adapt, listing, parameters_named, select_parameters
 from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, select_row
 from mamlpp_ext.inner_update import descend
 
@@ -160,26 +160,7 @@ class LSLR(nn.Module):
             ValueError: if a name is missing in ``module``, so that the table is another model's, or
                 its parameters have been replaced by adapted weights.
         """
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"expected the model, a torch.nn.Module, got {type(module).__name__}; pass the "
-                "model first and its LSLR second"
-            )
-        params = dict(module.named_parameters())
-        missing = [name for name in self.names if name not in params]
-        if missing:
-            raise ValueError(
-                f"this LSLR adapts {listing(missing)}, which {type(module).__name__} does not "
-                f"have (it has {listing(list(params))}); build the table from this model"
-            )
-        adapted = [name for name in self.names if not isinstance(params[name], nn.Parameter)]
-        if adapted:
-            raise ValueError(
-                f"{listing(adapted)} of {type(module).__name__} are adapted weights instead of "
-                "parameters: the model is inside an inner loop already, or patched; end that loop "
-                "first, or pass the original model"
-            )
-        return {name: params[name] for name in self.names}
+        return parameters_named(module, self.names)
 
     def name_of(self, tensor: Tensor) -> str | None:
         """Returns the name under which this very tensor is adapted, or None."""

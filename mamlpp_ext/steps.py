@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import checked_count, select_row
+
+if TYPE_CHECKING:
+    from mamlpp_ext.frozen import Freeze
 
 # What forwards measured, in order: the layer and row, the batch mean and unbiased variance.
 Tape = list[tuple[tuple[nn.Module, int], Tensor, Tensor]]
@@ -20,19 +23,6 @@ Tape = list[tuple[tuple[nn.Module, int], Tensor, Tensor]]
 
 # The number of the backward that this thread is in, -1 for none; not public.
 _backward_in_progress: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-
-
-class Freeze:
-    """One ``frozen_statistics`` context. A copy of a model made inside holds this very object."""
-
-    def __init__(self) -> None:
-        self.open = True
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Freeze:
-        return self
-
-    def __getstate__(self) -> dict[str, bool]:
-        return {"open": False}  # of a pickle: no context is open where it is loaded
 
 
 class _Driver:

@@ -182,7 +182,6 @@ def test_torchopt_flattens_with_none_as_a_leaf() -> None:
 OURS = {"_names_of", "_places", "_check_names", "_grads", "_parameters", "_paired_buffers"} | {
     "_write_back",
     "_replace",
-    "_buffers",
 }
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from mamlpp_ext.checks import checked_loss, checked_order
 from mamlpp_ext.exclusive import alone
+from mamlpp_ext.integrations.lslr_optimizer import LSLROptimizer
 from mamlpp_ext.kernels import fast_kernels
-from mamlpp_ext.lslr import LSLR, checked_lslr
+from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import clocks_of, kept_steps, of_order
 
 try:
@@ -31,69 +32,6 @@ except ImportError as error:
     ) from error
 
 __all__ = ["DifferentiableLSLR", "LSLROptimizer", "innerloop_ctx"]
-
-
-class LSLROptimizer(torch.optim.Optimizer):
-    """The torch optimizer that ``higher`` turns into :class:`DifferentiableLSLR`.
-
-    Pass it to ``higher.innerloop_ctx`` where code is built around that function; otherwise
-    :func:`innerloop_ctx` of this module makes it and keeps the running statistics as well. On its
-    own it updates in place, without a graph, the k-th :meth:`step` with column k.
-
-    Args:
-        module: the model.
-        lslr: its rates.
-        second_order: whether to differentiate through the inner gradients; a setting of the
-            parameter group, which higher's ``override`` can change.
-
-    Raises:
-        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`.
-        ValueError: if ``lslr`` was made for another model, or the model is patched already.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> inner_opt = LSLROptimizer(net, LSLR(net, num_steps=5))
-        >>> context = higher.innerloop_ctx(net, inner_opt, copy_initial_weights=False)
-        >>> with context as (fnet, diffopt):
-        ...     type(diffopt).__name__
-        'DifferentiableLSLR'
-
-    Source:
-        The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
-    """
-
-    def __init__(self, module: nn.Module, lslr: LSLR, second_order: bool = True) -> None:
-        self.lslr = checked_lslr(lslr)
-        params = list(lslr.parameters_of(module).values())
-        # The rates stay out of the group: higher copies groups deeply, which cuts a learnable rate
-        # off its leaf. The position in the inner loop is in it, so that higher takes it over.
-        super().__init__(params, {"second_order": second_order, "inner_step": 0})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates the parameters in place from their ``.grad``.
-
-        Args:
-            closure: computes the loss again, as torch's optimizers take it; None for none.
-
-        Returns:
-            What ``closure`` returned, or None.
-
-        Raises:
-            ValueError: after more steps than the rates have columns.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        (group,) = self.param_groups
-        params = dict(zip(self.lslr.names, group["params"], strict=True))
-        grads = {name: p.grad for name, p in params.items()}
-        updated = self.lslr.update(params, grads, group["inner_step"])
-        for name, p in params.items():
-            p.copy_(updated[name])
-        group["inner_step"] += 1
-        return loss
 
 
 class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):

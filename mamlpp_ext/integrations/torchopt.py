@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.buffers import buffers_kept_on_error
 from mamlpp_ext.checks import checked_loss, checked_order
 from mamlpp_ext.exclusive import alone
 from mamlpp_ext.kernels import fast_kernels
@@ -183,11 +184,9 @@ class MetaLSLR(torchopt.MetaOptimizer):
         """
         params = {name: places[0][0][places[0][1]] for name, places in self._places.items()}
         wanted = {name: p for name, p in params.items() if p.requires_grad}
+        checked_loss(loss)
         found = torch.autograd.grad(
-            checked_loss(loss),
-            list(wanted.values()),
-            create_graph=self.second_order,
-            allow_unused=True,
+            loss, [*wanted.values()], create_graph=self.second_order, allow_unused=True
         )
         grads = {**dict.fromkeys(params), **dict(zip(wanted, found, strict=True))}
         state: Any = self.state_groups[0]
@@ -235,29 +234,17 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     Source:
         The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
-    second_order = checked_order(second_order)
-    inner_opt = MetaLSLR(net, lslr, second_order)
+    inner_opt = MetaLSLR(net, lslr, checked_order(second_order))
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
     clocks = clocks_of(net)
-    buffers = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in net.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
     try:
         with (
             alone(net),
+            buffers_kept_on_error(net),
             kept_steps(clocks),
             of_order(clocks, second_order),
             fast_kernels(net, second_order=second_order),
         ):
             yield inner_opt
-    except BaseException:
-        with torch.no_grad():
-            for held, name, buffer, before in buffers:
-                buffer.copy_(before)
-                held[name] = buffer  # a forward may have put another in its place
-        raise
     finally:
         torchopt.recover_state_dict(net, weights)

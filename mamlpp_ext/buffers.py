@@ -1,0 +1,28 @@
+"""The buffers of a model, put back where an inner loop fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def buffers_kept_on_error(net: nn.Module) -> Iterator[None]:
+    """Puts every buffer of ``net`` back as it was if an exception ends the block."""
+    kept = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in net.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for held, name, buffer, before in kept:
+                buffer.copy_(before)
+                held[name] = buffer  # a forward may have put another in its place
+        raise
