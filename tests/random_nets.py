@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -52,13 +53,16 @@ class Plan:
     seed: int
 
 
+_TAKES_BIAS = "bias" in inspect.signature(nn.BatchNorm1d).parameters  # from some torch on
+
+
 def norms() -> st.SearchStrategy[dict[str, object]]:
     return st.fixed_dictionaries(
         {
             "eps": st.sampled_from([1e-2, 1e-1]),
             "momentum": st.sampled_from([0.1, None, 0.0, 1.0]),
             "affine": st.booleans(),
-            "bias": st.booleans(),
+            **({"bias": st.booleans()} if _TAKES_BIAS else {}),
             "track_running_stats": st.booleans(),
         }
     )

@@ -337,7 +337,10 @@ def test_forward_mode_through_a_graph_built_before(kernel) -> None:
 )
 def test_what_it_is_not_for_is_left_to_torch(call) -> None:
     x, w = (t.requires_grad_() for t in _tensors((2, 2, 6, 6), (3, 2, 3, 3)))
-    expected = call(x, w)
+    try:
+        expected = call(x, w)
+    except RuntimeError:
+        pytest.skip("this torch refuses it without the kernels, too")
     with FastKernels(second_order=True):
         found = call(x, w)
     laid = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))

@@ -30,7 +30,7 @@ def torchs_own(net: nn.Module) -> bool:
         stack, names = [net(torch.randn(5, 3)).grad_fn], set()
     while stack:
         node = stack.pop()
-        names.add(node.name())
+        names.add(type(node).__name__)
         stack += [following for following, _ in node.next_functions if following is not None]
     assert len(names & {"NativeBatchNormBackward0", "_BatchNormBackward"}) == 1
     return "NativeBatchNormBackward0" in names
@@ -200,7 +200,7 @@ def test_large_input_on_cpu_takes_the_function_all_the_same(net: nn.Module) -> N
     for extra in (0, 1):
         samples = (closed_form.WORTH_A_FUNCTION * threads**2) // 4 + extra
         for _ in mpp.inner_steps(net, 1, second_order=False):
-            names.append(net.norm(torch.zeros(samples, 4)).grad_fn.name())
+            names.append(type(net.norm(torch.zeros(samples, 4)).grad_fn).__name__)
     assert names == ["NativeBatchNormBackward0", "_BatchNormBackward"]
 
 
