@@ -27,7 +27,8 @@ def close(ours: Any, theirs: Any, tolerance: float = 1e-12) -> None:
 def torchs_own(net: nn.Module) -> bool:
     """Returns whether the layer takes torch's own forward, seen from outside: by its graph."""
     with mpp.frozen_statistics(net):
-        stack, names = [net(torch.randn(5, 3)).grad_fn], set()
+        output = net(torch.randn(5, 3))  # kept: the graph goes with it
+    stack, names = [output.grad_fn], set()
     while stack:
         node = stack.pop()
         names.add(type(node).__name__)
