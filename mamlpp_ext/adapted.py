@@ -50,7 +50,7 @@ def select_parameters(module: nn.Module, adapt: Adapt) -> tuple[str, ...]:
 
 
 def parameters_named(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Returns what :meth:`LSLR.parameters_of` does."""
+    """Returns the parameters of these names, as :meth:`LSLR.parameters_of` describes."""
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"expected the model, a torch.nn.Module, got {type(module).__name__}; pass the "

@@ -105,9 +105,8 @@ def _about_norm(module: nn.Module, lslr: LSLR | None) -> list[str]:
             f"problem: {len(plain)} plain BatchNorm {noun} left over ({listing(plain)}); convert "
             "the model with convert_batchnorm"
         )
-    held = {id(p): name for name, p in module.named_parameters()}
-    rows = [held[id(p)] for layer in per_step.values() for p in layer.parameters()]
-    adapted = [name for name in rows if lslr is not None and name in lslr.names]
+    rows = [row for name, layer in per_step.items() for row, _ in layer.named_parameters(name)]
+    adapted = [row for row in rows if lslr is not None and row in lslr.names]
     if adapted:
         findings.append(
             f"on: the inner loop adapts rows of per-step layers, too ({listing(adapted)}); for "

@@ -96,9 +96,11 @@ class FastKernels(TorchFunctionMode):
     def __init__(self, second_order: bool, known: KnownGradients | None = None) -> None:
         super().__init__()
         order = bool(second_order)
-        self.replacements = _REPLACEMENTS[order] if known is None else _replacements(order, known)
-        self.activated: _Activated | None = None  # by the very last call
+        shared = _REPLACEMENTS[order] if known is None else _replacements(order, known)
         self.views = Views()
+        of_views = {f: partial(self.views, f) for f in _VIEWS}
+        self.replacements: dict[Any, Callable[..., Any]] = {**shared, **of_views}
+        self.activated: _Activated | None = None  # by the very last call
 
     def __exit__(self, *error: Any) -> None:
         """Leaves the block; what a forward has written to a copy raises."""
@@ -113,8 +115,6 @@ class FastKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         quick = None if torch.compiler.is_compiling() else self.replacements.get(func)
         if quick is None:
-            if func in _VIEWS and not torch.compiler.is_compiling():
-                return self.views(func, *args, **kwargs)
             output = func(*args, **kwargs)
             if func in _ACTIVATIONS:
                 self.activated = _Activated(func, args, kwargs, output)

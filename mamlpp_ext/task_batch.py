@@ -118,7 +118,7 @@ def task_batch_loss(
         Antoniou et al., "How to train your MAML", ICLR 2019, section 4; the loop is that of MAML.
     """
     num_steps, second_order = checked_count("num_steps", num_steps), checked_order(second_order)
-    check_functions(loss_fn, aggregate)
+    _check_functions(loss_fn, aggregate)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "the inner loop needs gradients, which torch.inference_mode() rules out; evaluate "
@@ -192,7 +192,7 @@ def _shares_equally(aggregate: Aggregate | None) -> bool:
     return aggregate is None or type(aggregate) in (MultiStepLoss, FinalStepLoss)
 
 
-def check_functions(loss_fn: Loss, aggregate: Aggregate | None) -> None:
+def _check_functions(loss_fn: Loss, aggregate: Aggregate | None) -> None:
     """Says which of the functions cannot be called, before the inner loop has run."""
     for name, function in (("loss_fn", loss_fn), ("aggregate", aggregate)):
         if not callable(function) and (name == "loss_fn" or function is not None):

@@ -80,21 +80,10 @@ class TaskLoop:
 
     def run(self, data: tuple[Tensor, ...], counted: list[bool]) -> tuple[Tensor, Tensor, Tape]:
         """Returns the step losses [T, num_steps], the last logits [T, Q, ...] and the tape."""
-        tasks = len(data[0])
-        single = tasks == 1  # then vmap would only cost
-        adapted: Params = dict(self.initial)
+        single = len(data[0]) == 1  # then vmap would only cost
+        adapted = self._initial_of_tasks(data[0])
         if single:
             data = tuple(tensor[0] for tensor in data)
-            # As with several tasks: what loss_fn reads of the model itself is not adapted.
-            adapted = {name: p.view_as(p) for name, p in adapted.items()}
-        else:
-            if worth_it(data[0], within=True):
-                # Once, instead of every task's own in every convolution.
-                adapted = {
-                    name: channels_last(p) if p.dim() == 4 and p.is_cpu else p
-                    for name, p in adapted.items()
-                }
-            adapted = {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
         losses: list[Tensor | None] = []
         tape = Tape()
         memory = self._memory(adapted, counted)
@@ -118,13 +107,8 @@ class TaskLoop:
             if not (counts and torch.is_grad_enabled()):
                 with torch.no_grad():
                     outputs = one_step.target(*inputs)
-            elif self.at_once:
-                keep = None if memory is None else memory.put
-                outputs = differentiated(one_step.target, inputs, captured, keep)
-            elif memory is not None:
-                outputs = rematerialized(one_step.target, inputs, captured, shelf)
             else:
-                outputs = one_step.target(*inputs)
+                outputs = self._target(one_step, inputs, captured, memory, shelf)
             tape += one_step.tape_of(outputs[2:])
             loss, logits = (t.unsqueeze(0) for t in outputs[:2]) if single else outputs[:2]
             losses.append(loss)
@@ -136,6 +120,39 @@ class TaskLoop:
         nothing = torch.full_like(loss, math.nan)
         found = [nothing if loss is None else loss for loss in losses]
         return torch.stack(found, dim=1), logits, tape
+
+    def _initial_of_tasks(self, x: Tensor) -> Params:
+        """Returns the initial weights for each task of ``x``; for one alone without T.
+
+        Never the parameters themselves: what ``loss_fn`` reads of the model is not adapted.
+        """
+        tasks = len(x)
+        if tasks == 1:
+            return {name: p.view_as(p) for name, p in self.initial.items()}
+        adapted: Params = dict(self.initial)
+        if worth_it(x, within=True):
+            # Once, instead of every task's own in every convolution.
+            adapted = {
+                name: channels_last(p) if p.dim() == 4 and p.is_cpu else p
+                for name, p in adapted.items()
+            }
+        return {name: p.expand(tasks, *p.shape) for name, p in adapted.items()}
+
+    def _target(
+        self,
+        one_step: TaskStep,
+        inputs: tuple[Tensor, ...],
+        captured: list[Tensor],
+        memory: Shelf | None,
+        shelf: Shelf | None,
+    ) -> tuple[Tensor, ...]:
+        """Returns the step's target losses, whose gradients are asked for, logits, statistics."""
+        if self.at_once:
+            keep = None if memory is None else memory.put
+            return differentiated(one_step.target, inputs, captured, keep)
+        if memory is not None:
+            return rematerialized(one_step.target, inputs, captured, shelf)
+        return one_step.target(*inputs)
 
     def _memory(self, adapted: Params, counted: list[bool]) -> Shelf | None:
         """Returns where what is kept of steps that will be rebuilt lies; None if none will be."""
