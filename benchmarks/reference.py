@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import mamlpp_ext as mpp
 from mamlpp_ext.benchmark.measure import Memory, peak_bytes, stopwatch
 from mamlpp_ext.benchmark.question import Question
-from mamlpp_ext.task_batch import Batch
+from mamlpp_ext.task_batch.loss import Batch
 
 QUESTION = Question("problems:conv4_leaky", (1, 28, 28))
 ANNEAL_EPOCHS = 10

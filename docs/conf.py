@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-import mamlpp_ext.task_batch
+import mamlpp_ext.task_batch.loss
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "gallery")]
@@ -68,7 +68,7 @@ intersphinx_mapping = {
 torch.nn.Module.__module__ = "torch.nn"
 torch.optim.Optimizer.__module__ = "torch.optim"
 # Imported for type checkers alone, because a torch may be built without it.
-mamlpp_ext.task_batch.ProcessGroup = torch.distributed.ProcessGroup
+mamlpp_ext.task_batch.loss.ProcessGroup = torch.distributed.ProcessGroup
 # A profiler inside torch, imported along the way, makes every logger print what it logs.
 logging.getLogger("mamlpp_ext").setLevel(logging.WARNING)
 

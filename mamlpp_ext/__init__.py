@@ -14,17 +14,24 @@ if not (2, 6) <= tuple(int(part) for part in torch.__version__.split(".")[:2]) <
         "pip install 'torch>=2.6,<3'"
     )
 
-from mamlpp_ext.batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, PerStepBatchNorm3d
-from mamlpp_ext.convert import convert_batchnorm
-from mamlpp_ext.derivative_order import DerivativeOrderAnnealing
-from mamlpp_ext.findings import check_setup
-from mamlpp_ext.frozen import frozen_statistics
-from mamlpp_ext.kernels import fast_kernels
+from mamlpp_ext.check_setup import check_setup
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.multi_step_loss import FinalStepLoss, MultiStepLoss, multi_step_loss_weights
+from mamlpp_ext.norm import (
+    FusedSequential,
+    PerStepBatchNorm1d,
+    PerStepBatchNorm2d,
+    PerStepBatchNorm3d,
+    convert_batchnorm,
+    frozen_statistics,
+)
+from mamlpp_ext.schedules import (
+    DerivativeOrderAnnealing,
+    FinalStepLoss,
+    MultiStepLoss,
+    multi_step_loss_weights,
+)
 from mamlpp_ext.steps import at_step, inner_steps
-from mamlpp_ext.task_batch import TaskBatchResult, task_batch_loss
-from mamlpp_ext.task_batch_module import TaskBatchLoss
+from mamlpp_ext.task_batch import TaskBatchLoss, TaskBatchResult, task_batch_loss
 
 __version__ = "0.1.0"
 
@@ -32,6 +39,7 @@ __all__ = [
     "LSLR",
     "DerivativeOrderAnnealing",
     "FinalStepLoss",
+    "FusedSequential",
     "MultiStepLoss",
     "PerStepBatchNorm1d",
     "PerStepBatchNorm2d",
@@ -41,7 +49,6 @@ __all__ = [
     "at_step",
     "check_setup",
     "convert_batchnorm",
-    "fast_kernels",
     "frozen_statistics",
     "inner_steps",
     "multi_step_loss_weights",

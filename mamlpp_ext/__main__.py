@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mamlpp_ext.convert import convert_batchnorm
-from mamlpp_ext.findings import check_setup
+from mamlpp_ext.check_setup import check_setup
 from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.norm import convert_batchnorm
 from mamlpp_ext.steps import inner_steps, per_step_layers
 
 _OF_THE_LOOP = ("(MSL)", "(DA)", "(CA)")  # findings that say nothing of a model

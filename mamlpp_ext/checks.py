@@ -1,4 +1,4 @@
-"""Checks of what is asked for in many places: counts, and rows of per-step tables."""
+"""Checks of what is asked for in many places, and how their messages list names."""
 
 from __future__ import annotations
 
@@ -74,3 +74,9 @@ def select_row(step: int, num_steps: int, extra_steps: ExtraSteps, owner: str) -
         f"{num_steps - 1}); take fewer steps, build it with num_steps={max(step + 1, 1)}, or with "
         "extra_steps='last' to reuse its last row"
     )
+
+
+def listing(names: list[str], most: int = 8) -> str:
+    """Writes names for a message, the first few of many."""
+    shown = ", ".join(repr(name) for name in names[:most]) or "none"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

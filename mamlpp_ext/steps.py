@@ -5,27 +5,34 @@ A per-step layer is any module with an attribute ``inner_step`` that holds an :c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import checked_count, select_row
-
-if TYPE_CHECKING:
-    from mamlpp_ext.frozen import Freeze
+from mamlpp_ext.torch_private import in_backward
 
 # What forwards measured, in order: the layer and row, the batch mean and unbiased variance.
-Tape = list[tuple[tuple[nn.Module, int], Tensor, Tensor]]
+BatchStatistics = list[tuple[tuple[nn.Module, int], Tensor, Tensor]]
 
 
-# The number of the backward that this thread is in, -1 for none; not public.
-_backward_in_progress: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+class Freeze:
+    """One ``frozen_statistics`` context. A copy of a model made inside holds this very object."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Freeze:
+        return self
+
+    def __getstate__(self) -> dict[str, bool]:
+        return {"open": False}  # of a pickle: no context is open where it is loaded
 
 
-class _Driver:
+class _Loop:
     """One loop of ``inner_steps`` and what it was told of second order."""
 
     def __init__(self, second_order: bool | None) -> None:
@@ -33,7 +40,7 @@ class _Driver:
 
 
 class InnerStep:
-    """The position in the inner loop, shared by the per-step layers of one model.
+    """The counter of inner steps that the per-step layers of one model share.
 
     It is an object held by reference because ``higher.monkeypatch`` copies the plain attributes of
     each module once, when it patches: an int would go stale there, an object stays shared.
@@ -41,20 +48,20 @@ class InnerStep:
     Attributes:
         index: the current inner step, 0-based; 0 until a loop drives it.
         freezes: the ``frozen_statistics`` contexts that it is, or its original was, inside of.
-        tape: where :func:`~mamlpp_ext.task_batch_loss` collects batch statistics instead of having
-            them written at once, which ``torch.func`` transforms cannot do; otherwise None.
-        driver: the loop that moves ``index`` at present.
+        collected: where :func:`~mamlpp_ext.task_batch_loss` has batch statistics collected instead
+            of written at once, which ``torch.func`` transforms cannot do; otherwise None.
+        loop: the loop that moves ``index`` at present.
         second_order: whether gradients of gradients will be asked for, by the adapter's context.
-        placed: whether a context holds ``index`` where it is.
+        fixed: whether a context holds ``index`` where it is.
     """
 
     def __init__(self) -> None:
         self.index = 0
         self.freezes: list[Freeze] = []
-        self.tape: Tape | None = None
-        self.driver: _Driver | None = None
+        self.collected: BatchStatistics | None = None
+        self.loop: _Loop | None = None
         self.second_order = True
-        self.placed = False
+        self.fixed = False
 
     @property
     def first_order(self) -> bool:
@@ -62,15 +69,15 @@ class InnerStep:
 
         The layers may then take the forward that is quickest without.
         """
-        said = None if self.driver is None else self.driver.second_order
-        return not (self.second_order if said is None else said)
+        by_loop = None if self.loop is None else self.loop.second_order
+        return not (self.second_order if by_loop is None else by_loop)
 
     @property
-    def astray(self) -> bool:
+    def called_in_backward(self) -> bool:
         """Whether a backward calls this forward, at whatever step the loop has come to by then."""
-        if self.placed or torch.compiler.is_compiling():
+        if self.fixed or torch.compiler.is_compiling():
             return False
-        return _backward_in_progress() >= 0
+        return in_backward()
 
     @property
     def frozen(self) -> bool:
@@ -99,13 +106,13 @@ def per_step_layers(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def clocks_of(module: nn.Module) -> list[InnerStep]:
-    """Returns the positions that the per-step layers of ``module`` hold, shared ones once."""
+def step_counters(module: nn.Module) -> list[InnerStep]:
+    """Returns the counters that the per-step layers of ``module`` hold, shared ones once."""
     return _distinct(per_step_layers(module))
 
 
-def checked_clocks(module: nn.Module, step: int) -> list[InnerStep]:
-    """Returns the positions of ``module`` if all its layers have a row for ``step``."""
+def checked_counters(module: nn.Module, step: int) -> list[InnerStep]:
+    """Returns the counters of ``module`` if all its layers have a row for ``step``."""
     layers = per_step_layers(module)
     for name, layer in layers.items():
         owner = f"layer '{name}' ({layer.__class__.__name__})"
@@ -155,33 +162,33 @@ def inner_steps(
     """
     num_steps = checked_count("num_steps", num_steps)
     # Checked now, not at the first next(): a generator would be lazy.
-    return _drive(checked_clocks(module, num_steps - 1), num_steps, second_order)
+    return _drive(checked_counters(module, num_steps - 1), num_steps, second_order)
 
 
-def _drive(clocks: list[InnerStep], num_steps: int, second_order: bool | None) -> Iterator[int]:
+def _drive(counters: list[InnerStep], num_steps: int, second_order: bool | None) -> Iterator[int]:
     # A loop that an exception left stays suspended for as long as the traceback is held, so the
     # newer loop takes the layers over and only the one that is resumed after that is refused.
-    before = [clock.index for clock in clocks]
-    driver = _Driver(second_order)
-    for clock in clocks:
-        clock.driver = driver
+    before = [counter.index for counter in counters]
+    loop = _Loop(second_order)
+    for counter in counters:
+        counter.loop = loop
     finished = False
     try:
         for step in range(num_steps):
-            if any(clock.driver is not driver for clock in clocks):
+            if any(counter.loop is not loop for counter in counters):
                 raise RuntimeError(
                     f"inner step {step}: another inner_steps loop has begun on this model before "
                     "this one ended; loops over one model cannot be nested, use a copy of it"
                 )
-            for clock in clocks:
-                clock.index = step
+            for counter in counters:
+                counter.index = step
             yield step
         finished = True
     finally:
-        for clock, index in zip(clocks, before, strict=True):
-            if clock.driver is driver:
-                clock.driver = None
-                clock.index = clock.index if finished else index
+        for counter, index in zip(counters, before, strict=True):
+            if counter.loop is loop:
+                counter.loop = None
+                counter.index = counter.index if finished else index
 
 
 @contextmanager
@@ -209,38 +216,38 @@ def at_step(module: nn.Module, step: int) -> Iterator[None]:
         statistics, weights and biases are indexed by.
     """
     step = checked_count("step", step, least=0)
-    with placed_at(checked_clocks(module, step), step):
+    with fixed_at(checked_counters(module, step), step):
         yield
 
 
 @contextmanager
-def placed_at(clocks: list[InnerStep], step: int) -> Iterator[None]:
-    """Runs the forwards inside the ``with`` block with these positions at ``step``."""
-    with kept_steps(clocks):
-        for clock in clocks:
-            clock.index, clock.placed = step, True
+def fixed_at(counters: list[InnerStep], step: int) -> Iterator[None]:
+    """Runs the forwards inside the ``with`` block with these counters at ``step``."""
+    with steps_restored(counters):
+        for counter in counters:
+            counter.index, counter.fixed = step, True
         yield
 
 
 @contextmanager
-def of_order(clocks: list[InnerStep], second_order: bool) -> Iterator[None]:
-    """Tells the layers of these positions whether gradients of gradients will be asked for."""
-    before = [clock.second_order for clock in clocks]
+def with_order(counters: list[InnerStep], second_order: bool) -> Iterator[None]:
+    """Tells the layers of these counters whether gradients of gradients will be asked for."""
+    before = [counter.second_order for counter in counters]
     try:
-        for clock in clocks:
-            clock.second_order = second_order
+        for counter in counters:
+            counter.second_order = second_order
         yield
     finally:
-        for clock, earlier in zip(clocks, before, strict=True):
-            clock.second_order = earlier
+        for counter, earlier in zip(counters, before, strict=True):
+            counter.second_order = earlier
 
 
 @contextmanager
-def kept_steps(clocks: list[InnerStep]) -> Iterator[None]:
+def steps_restored(counters: list[InnerStep]) -> Iterator[None]:
     """Puts the inner steps back on exit, however the block ends."""
-    before = [(clock, clock.index, clock.driver, clock.placed) for clock in clocks]
+    before = [(counter, counter.index, counter.loop, counter.fixed) for counter in counters]
     try:
         yield
     finally:
-        for clock, index, driver, placed in before:
-            clock.index, clock.driver, clock.placed = index, driver, placed
+        for counter, index, loop, fixed in before:
+            counter.index, counter.loop, counter.fixed = index, loop, fixed

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from mamlpp_ext import cuda_graph, task_batch_module
-from mamlpp_ext.cuda_graph import Captured
+from mamlpp_ext.task_batch.cuda_graph import Captured
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mamlpp_ext as mpp
 from mamlpp_ext import convolution, kernels, max_pool
-from mamlpp_ext.kernels import FastKernels
+from mamlpp_ext.fast_kernels.kernels import FastKernels
 
 # What torch itself warns of when forward mode is first used.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import mamlpp_ext as mpp
-from mamlpp_ext.closed_form import batch_normalize
-from mamlpp_ext.normalization import batch_normalize_reference
+from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
+from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),

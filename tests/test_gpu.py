@@ -14,8 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import mamlpp_ext as mpp
 from mamlpp_ext.benchmark.loops import GRAPH, LEARNERS, LOOPS, MetaIteration, make_learner
-from mamlpp_ext.closed_form import batch_normalize
-from mamlpp_ext.convolution import convolution
+from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
+from mamlpp_ext.fast_kernels.convolution import convolution
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, vmap
 
 import mamlpp_ext as mpp
-from mamlpp_ext.inner_update import descend, descend_reference
+from mamlpp_ext.lslr.update import descend, descend_reference
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from mamlpp_ext import convolution as convolutions
-from mamlpp_ext.known_gradients import KnownGradients
+from mamlpp_ext.fast_kernels.known_gradients import KnownGradients
 
 pytestmark = pytest.mark.usefixtures("float64")
 STEPS, TASKS = 3, 2

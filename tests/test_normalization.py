@@ -6,8 +6,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import batch_norm
 
-from mamlpp_ext.closed_form import batch_normalize
-from mamlpp_ext.normalization import batch_normalize_reference, normalize
+from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
+from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference, normalize
 
 SHAPES = [(6, 3), (2, 3), (4, 3, 5), (3, 2, 4, 3), (2, 4, 1, 1), (2, 3, 2, 3, 2)]
 

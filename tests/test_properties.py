@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import mamlpp_ext as mpp
-from mamlpp_ext.closed_form import batch_normalize
-from mamlpp_ext.normalization import batch_normalize_reference
+from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
+from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference
 
 pytest.importorskip("higher")
 pytest.importorskip("torchopt")

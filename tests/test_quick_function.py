@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from mamlpp_ext import quick_function
-from mamlpp_ext.closed_form import batch_normalize
-from mamlpp_ext.normalization import batch_normalize_reference
+from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
+from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference
 
 
 def _inner_inside(f):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from mamlpp_ext import task_batch
-from mamlpp_ext.chunks import differentiated
-from mamlpp_ext.task_loop import TaskLoop
+from mamlpp_ext.task_batch.chunks import differentiated
+from mamlpp_ext.task_batch.loop import TaskLoop
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from mamlpp_ext import task_loop
-from mamlpp_ext.rematerialize import Shelf
-from mamlpp_ext.task_loop import TaskLoop
+from mamlpp_ext.task_batch.rematerialize import Shelf
+from mamlpp_ext.task_batch.loop import TaskLoop
 
 pytestmark = pytest.mark.usefixtures("float64")
 

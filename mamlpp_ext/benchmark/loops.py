@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mamlpp_ext.benchmark.per_task import Learner, task_loop
-from mamlpp_ext.convert import convert_batchnorm
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.task_batch import Batch
-from mamlpp_ext.task_batch_module import TaskBatchLoss
+from mamlpp_ext.norm import convert_batchnorm
+from mamlpp_ext.task_batch import Batch, TaskBatchLoss
 
 GRAPH = "CUDA graph"
 # What the meta-batch as a whole is computed by, and with which settings.

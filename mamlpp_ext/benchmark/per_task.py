@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mamlpp_ext.kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import inner_steps
 
@@ -85,7 +84,6 @@ def _bare_maml(learner: Learner) -> TaskLoop:
 def _bare_maml_pp(learner: Learner) -> TaskLoop:
     net, lslr = learner.net, learner.lslr
 
-    @fast_kernels(net, second_order=learner.second_order)
     def task_loss(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor) -> TaskLoss:
         params: dict[str, Tensor] = dict(net.named_parameters())
         for step in inner_steps(net, lslr.num_steps, second_order=learner.second_order):

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import checked_loss, checked_order
-from mamlpp_ext.exclusive import alone
+from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.integrations.lslr_optimizer import LSLROptimizer
-from mamlpp_ext.kernels import fast_kernels
 from mamlpp_ext.lslr import LSLR
-from mamlpp_ext.steps import clocks_of, kept_steps, of_order
+from mamlpp_ext.norm import FusedSequential
+from mamlpp_ext.steps import step_counters, steps_restored, with_order
 
 try:
     import higher
@@ -183,23 +183,42 @@ def innerloop_ctx(
         The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
     second_order = checked_order(second_order)
-    optimizer, clocks = LSLROptimizer(net, lslr, second_order), clocks_of(net)
+    optimizer, counters = LSLROptimizer(net, lslr, second_order), step_counters(net)
     with (
-        alone(net),
-        kept_steps(clocks),
-        of_order(clocks, second_order and track_higher_grads),
+        exclusive(net),
+        steps_restored(counters),
+        with_order(counters, second_order and track_higher_grads),
         higher.innerloop_ctx(
             net,
             optimizer,
             copy_initial_weights=not track_higher_grads,
             track_higher_grads=track_higher_grads,
         ) as (fnet, diffopt),
-        fast_kernels(fnet, second_order=second_order and track_higher_grads),
     ):
+        _keep_parameters_current(fnet)
         pairs = _paired_buffers(net, fnet)
         yield fnet, diffopt
         if track_higher_grads:
             _write_back(pairs)
+
+
+def _keep_parameters_current(fnet: Any) -> None:
+    """Lets fused layers read the parameters of theirs without calling them.
+
+    higher gives each layer those of ``fnet(x, params=...)`` only as that layer is called.
+    """
+    patched = type(fnet)  # a class of its own
+    refill = patched._refill_params_box
+
+    def refill_layers_too(self: Any, params: Iterable[Tensor] | None) -> None:
+        if params is not None:
+            self.update_params(params)
+        refill(self, None)
+
+    patched._refill_params_box = refill_layers_too
+    for layer in fnet.modules():
+        if isinstance(layer, FusedSequential):
+            layer.has_current_parameters = True
 
 
 def _paired_buffers(net: nn.Module, fnet: nn.Module) -> list[tuple[Tensor, nn.Module, str]]:

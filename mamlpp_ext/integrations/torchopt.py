@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.buffers import buffers_kept_on_error
 from mamlpp_ext.checks import checked_loss, checked_order
-from mamlpp_ext.exclusive import alone
-from mamlpp_ext.kernels import fast_kernels
+from mamlpp_ext.integrations.buffers import buffers_kept_on_error
+from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.lslr import LSLR, checked_lslr
-from mamlpp_ext.steps import clocks_of, kept_steps, of_order
+from mamlpp_ext.steps import step_counters, steps_restored, with_order
 
 try:
     import torchopt
@@ -236,14 +235,13 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     """
     inner_opt = MetaLSLR(net, lslr, checked_order(second_order))
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
-    clocks = clocks_of(net)
+    counters = step_counters(net)
     try:
         with (
-            alone(net),
+            exclusive(net),
             buffers_kept_on_error(net),
-            kept_steps(clocks),
-            of_order(clocks, second_order),
-            fast_kernels(net, second_order=second_order),
+            steps_restored(counters),
+            with_order(counters, second_order),
         ):
             yield inner_opt
     finally:

@@ -1,0 +1,158 @@
+"""Convolution of images with a double backward made of the kernels of training.
+
+torch (2.13, CPU) makes the double backward of small convolutions with kernels as large as the
+images. But a convolution is linear in its input and in its weight, so with u, v, s the gradients
+that arrive at the gradients of x, w and b
+
+    double backward   to g: conv(u, w) + conv(x, v) + s
+                      to x and w: the backward of g at (u, v) in place of (x, w)
+
+which are the quick kernels of training itself.
+
+Under vmap with a weight for each task, torch adds the bias in a pass of its own over fresh memory
+(2.13; 12 ms of a first-order iteration's 200); here it goes into the convolution, in any order. On
+a GPU torch's double backward under vmap takes the tasks one after the other for a part of it (2.11:
+9 ms of kernels instead of 13 for 8 tasks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamlpp_ext.fast_kernels.layout import channels_last
+from mamlpp_ext.fast_kernels.quick_function import QuickFunction, all_folded
+from mamlpp_ext.torch_private import forward_mode_active, transforms_active
+
+
+class Geometry(NamedTuple):
+    """How the kernel of a convolution lies on the image, and the groups of channels."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    def shape_of_output(self, x: Tensor, w: Tensor) -> torch.Size:
+        """Returns the shape of the convolution of ``x`` [N, C, H, W] with the kernel ``w``."""
+        sides = zip(x.shape[2:], w.shape[2:], *self[:3], strict=True)
+        sizes = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+        return torch.Size((x.shape[0], w.shape[0], *sizes))
+
+
+def convolution(
+    x: Tensor, w: Tensor, b: Tensor | None, how: Geometry, second_order: bool
+) -> Tensor:
+    """Returns what ``torch.conv2d`` does; images on the CPU are laid out channels_last.
+
+    Args:
+        x: [N, C, H, W].
+        w: [O, C / groups, kernel height, kernel width], of the same dtype.
+        b: [O] or None, of the same dtype.
+        how: the geometry.
+        second_order: whether gradients of gradients will be asked for; a matter of speed alone.
+    """
+    if transforms_active():  # vmap: the rule lays out what it has folded
+        return _apply(x, w, b, (how, second_order))
+    return _quickest(_laid_out(x), _laid_out(w), b, how, second_order)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return channels_last(x) if x.is_cpu and not transforms_active() else x
+
+
+def _apply(*args: Any) -> Tensor:
+    apply: Any = _Convolution.apply
+    return apply(*args)  # type: ignore[no-any-return]
+
+
+def _quickest(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry, second_order: bool) -> Tensor:
+    # Without further derivatives the Function's own bookkeeping would be in vain. Within vmap
+    # torch's convolution has none for what lies channels_last (2.13).
+    ours = second_order or transforms_active()
+    return _apply(x, w, b, (how, second_order)) if ours else _forward(x, w, b, how)
+
+
+def _forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
+    none = [0] * len(how.stride)
+    return torch.convolution(x, w, b, *how[:3], False, none, how.groups)
+
+
+def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]) -> Any:
+    none, (to_x, to_w, to_b) = [0] * len(how.stride), wanted
+    dx = dw = None
+    if to_x or to_w:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            g, x, w, None, *how[:3], False, none, how.groups, (to_x, to_w, False)
+        )
+    # Beside the others it takes up to half of their time (torch 2.13), by itself a third of that.
+    return dx, dw, g.sum([0, 2, 3]) if to_b else None
+
+
+class _Convolution(QuickFunction):
+    """Called without transforms or within vmap, whose rule takes it apart; torch's otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, how: Any) -> Tensor:
+        ctx.how, _ = how
+        ctx.save_for_backward(x, w)
+        ctx.set_materialize_grads(False)
+        return _forward(x, w, b, ctx.how)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return None, None, None, None
+        x, w = ctx.saved_tensors
+        # Forward mode and vmap over a backward have torch's own formulas.
+        ours = torch.is_grad_enabled() and not (transforms_active() or forward_mode_active())
+        function: Any = _ConvolutionBackward.apply if ours else _backward
+        return *function(g, x, w, ctx.how, ctx.needs_input_grad[:3]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, b: Tensor | None, how: Any) -> Any:
+        size, (geometry, second_order) = info.batch_size, how
+        if in_dims[1] is None and in_dims[2] is None:  # one weight for all: more images
+            many = _laid_out(x.movedim(in_dims[0], 0).flatten(0, 1))
+            y = _quickest(many, _laid_out(w), b, geometry, second_order)
+            return torch.unflatten(y, 0, (size, -1)), 0
+        many, weights, biases = all_folded((x, w, b), in_dims, size, (1, 0, 0))
+        geometry = geometry._replace(groups=geometry.groups * size)
+        y = _quickest(_laid_out(many), _laid_out(weights), biases, geometry, second_order)
+        return torch.unflatten(y, 1, (size, -1)), 1
+
+
+class _ConvolutionBackward(QuickFunction):
+    """The backward of :class:`_Convolution`; gradients that are not wanted are None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]
+    ) -> Any:
+        ctx.how = how
+        ctx.save_for_backward(g, x, w)
+        ctx.set_materialize_grads(False)
+        return _backward(g, x, w, how, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:
+        # Made of torch's differentiable operations, so that it has further derivatives.
+        g, x, w = ctx.saved_tensors
+        to_g, to_x, to_w = ctx.needs_input_grad[:3]
+        parts = []
+        if to_g and u is not None:
+            parts.append(_forward(u, w, s, ctx.how))
+        if to_g and v is not None:
+            parts.append(_forward(x, v, None if parts else s, ctx.how))
+        if to_g and s is not None and not parts:
+            parts.append(s.view(-1, 1, 1).expand_as(g))
+        along_g = parts[0] if len(parts) == 1 else torch.add(*parts) if parts else None
+        wanted = (to_x and v is not None, to_w and u is not None, False)
+        along_x = along_w = None
+        if any(wanted):
+            at = x if u is None else u, w if v is None else v  # what is None is not read
+            along_x, along_w, _ = _backward(g, *at, ctx.how, wanted)
+        return along_g, along_x, along_w, None, None

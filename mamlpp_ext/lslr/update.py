@@ -1,0 +1,99 @@
+"""The inner update of many tensors at once: theta - rate * gradient, each with a rate of its own.
+
+Composed of torch's operations its backward takes five calls for every tensor and step. In closed
+form, with c the gradient that arrives at the updated tensor:
+
+    to theta: c        to its gradient: -rate c        to the rate: -<c, gradient>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamlpp_ext.fast_kernels import QuickFunction, save
+from mamlpp_ext.torch_private import transforms_active
+
+
+def descend(params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor) -> tuple[Tensor, ...]:
+    """Returns every parameter less its rate times its gradient.
+
+    Args:
+        params: of any shapes.
+        grads: of the same shapes.
+        rates: [len(params)].
+    """
+    if torch.compiler.is_compiling() or transforms_active() or not params:
+        return descend_reference(params, grads, rates)
+    apply: Any = _Descend.apply
+    return apply(rates, *params, *grads)  # type: ignore[no-any-return]
+
+
+def descend_reference(
+    params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor
+) -> tuple[Tensor, ...]:
+    """What :func:`descend` computes, composed of differentiable operations."""
+    triples = zip(params, grads, rates.unbind(), strict=True)
+    updated = [torch.addcmul(param, grad, rate, value=-1) for param, grad, rate in triples]
+    return _alike(updated, params)
+
+
+class _Descend(QuickFunction):
+    """Its backward is made of differentiable operations, so that it has further derivatives."""
+
+    @staticmethod
+    def forward(rates: Tensor, *tensors: Tensor) -> Any:
+        count = len(rates)
+        params, grads = tensors[:count], tensors[count:]
+        return _alike(torch._foreach_addcmul(params, grads, rates.unbind(), value=-1), params)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        rates, *tensors = inputs
+        grads = tensors[len(rates) :]
+        save(ctx, rates, *grads)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *arrived: Tensor | None) -> Any:
+        rates, *grads = ctx.saved_tensors
+        to_rates, *others = ctx.needs_input_grad
+        slopes = scaled = None
+        if to_rates:
+            zero = rates.new_zeros(())
+            pairs = zip(arrived, grads, strict=True)
+            products = [zero if c is None else _inner_product(c, g) for c, g in pairs]
+            slopes = torch.stack(products).neg()
+        if any(others[len(grads) :]):
+            pairs = zip(arrived, rates.neg().unbind(), strict=True)
+            scaled = [None if c is None else c * rate for c, rate in pairs]
+        return slopes, *arrived, *(scaled or [None] * len(grads))
+
+    @staticmethod
+    def jvp(ctx: Any, rates_moved: Tensor | None, *moved: Tensor | None) -> Any:
+        rates, *grads = ctx.saved_tensors
+        count, total = len(grads), []
+        for i, (param, grad) in enumerate(zip(moved[:count], moved[count:], strict=True)):
+            out = torch.zeros_like(grads[i]) if param is None else param
+            out = out if grad is None else out - rates[i] * grad
+            total.append(out if rates_moved is None else out - rates_moved[i] * grads[i])
+        return _alike(total, grads)
+
+
+def _alike(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    # A 0-dim parameter in half precision would take on the dtype of the rates.
+    pairs = zip(tensors, params, strict=True)
+    return tuple([t if t.dtype == param.dtype else t.to(param.dtype) for t, param in pairs])
+
+
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype != b.dtype:
+        return (a * b).sum()
+    if a.is_contiguous():
+        return a.flatten().dot(b.flatten())
+    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):  # flat in this order
+        return a.movedim(1, 3).flatten().dot(b.movedim(1, 3).flatten())
+    return (a * b).sum()  # flattening would copy

@@ -1,0 +1,15 @@
+"""Norm layers with a row for every inner step, and what makes them of a model's own."""
+
+from mamlpp_ext.norm.batch_norm import PerStepBatchNorm1d, PerStepBatchNorm2d, PerStepBatchNorm3d
+from mamlpp_ext.norm.convert import convert_batchnorm
+from mamlpp_ext.norm.frozen import frozen_statistics
+from mamlpp_ext.norm.fused_sequential import FusedSequential
+
+__all__ = [
+    "FusedSequential",
+    "PerStepBatchNorm1d",
+    "PerStepBatchNorm2d",
+    "PerStepBatchNorm3d",
+    "convert_batchnorm",
+    "frozen_statistics",
+]
