@@ -7,22 +7,22 @@ from mamlpp_ext.fast_kernels.batch_norm import batch_normalize, batch_normalize_
 from mamlpp_ext.fast_kernels.batch_norm_kernels import Running, statistics_dtype
 from mamlpp_ext.fast_kernels.convolution import Geometry, convolution
 from mamlpp_ext.fast_kernels.layout import in_default_layout, with_default_gradient
-from mamlpp_ext.fast_kernels.norm_act_pool import Layers, Pooling, in_turn, norm_act_pool
+from mamlpp_ext.fast_kernels.norm_act_pool import act_pool, norm_act_pool
+from mamlpp_ext.fast_kernels.norm_act_pool_kernels import Layers
 from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference, normalize
 from mamlpp_ext.fast_kernels.quick_function import QuickFunction, save
 
 __all__ = [
     "Geometry",
     "Layers",
-    "Pooling",
     "QuickFunction",
     "Running",
+    "act_pool",
     "batch_normalize",
     "batch_normalize_into",
     "batch_normalize_reference",
     "convolution",
     "in_default_layout",
-    "in_turn",
     "norm_act_pool",
     "normalize",
     "save",

@@ -1,4 +1,4 @@
-"""Convolution, norm, activation and pooling in a row, computed as one where nobody can look."""
+"""An ``nn.Sequential`` that computes what follows each other in it as one, where nobody looks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.fast_kernels import Pooling
+from mamlpp_ext.fast_kernels import Layers
 from mamlpp_ext.norm.batch_norm import PerStepBatchNorm2d
 from mamlpp_ext.norm.run import Features, Run
 from mamlpp_ext.torch_private import (
@@ -27,18 +27,20 @@ _FORWARDS: dict[type[nn.Module], Any] = {
 class FusedSequential(nn.Sequential):
     """An ``nn.Sequential`` that computes runs of its layers as one, where nobody can look between.
 
-    A run is a ``Conv2d`` and what follows it of a :class:`PerStepBatchNorm2d` in training mode, a
-    ``ReLU`` or ``LeakyReLU``, and a ``MaxPool2d``. Between the layers of a run, and between runs,
-    feature maps lie in the layout that is fastest and need not be written at all; what goes in and
-    what comes out, values and all derivatives, is as ``nn.Sequential`` has it but for rounding, in
-    memory laid out as torch does. Layers that somebody watches or has changed (hooks, subclasses,
-    parametrizations, a wrapped ``forward``) are called one by one, and so are all of them where a
-    mode of torch's (``TorchFunctionMode``, autocast, tracing) or a transform other than ``vmap``
-    is on, for tensors that are not float32 or float64 in torch's default layout, and elsewhere than
-    on a CPU (but for convolutions under ``vmap`` on a GPU).
+    A run is a ``Conv2d``, the :class:`PerStepBatchNorm2d` behind it (while that normalises by the
+    batch), and a ``ReLU`` or ``LeakyReLU`` and a ``MaxPool2d`` that may follow. Inside of a run and
+    between two, feature maps lie in the layout that is fastest or are not written at all. What goes
+    in and what comes out, the values and all derivatives, is as ``nn.Sequential`` has it but for
+    rounding, in memory laid out as torch does.
+
+    Layers that somebody watches or has changed (hooks, subclasses, parametrizations, a wrapped
+    ``forward``) are called one by one. So are all of them while a mode of torch's is on
+    (``TorchFunctionMode``, autocast, tracing) or a transform other than ``vmap``; for tensors that
+    are not float32 or float64 in torch's default layout; and elsewhere than on a CPU (but for
+    convolutions under ``vmap`` on a GPU).
 
     :func:`convert_batchnorm` makes it of every ``nn.Sequential`` with such a run. It has the same
-    arguments, children and ``state_dict``.
+    arguments, children and ``state_dict``; ``layer.__class__ = torch.nn.Sequential`` undoes it.
 
     Shape:
         - input and output: as the layers'
@@ -99,33 +101,27 @@ class FusedSequential(nn.Sequential):
 
     def _run_at(self, layers: Sequence[Any]) -> Run | None:
         """Returns the run that begins with the first of the layers."""
-        conv, *others = layers
-        if not (self._is_torchs(conv, nn.Conv2d) and conv.padding_mode == "zeros"):
+        conv, norm, *others = [*layers, None][:4]
+        if not self._is_torchs(conv, nn.Conv2d) or self._kind(norm) is not PerStepBatchNorm2d:
+            return None
+        if not is_called_plainly(norm) or conv.padding_mode != "zeros":
             return None
         if isinstance(conv.padding, str):
             return None
-        run = Run(conv)
+        slope, pooling, length = None, None, 2
         for layer in others:
-            longer = self._longer(run, layer)
-            if longer is None:
+            if slope is None and self._is_torchs(layer, nn.ReLU):
+                slope = 0.0
+            elif (
+                slope is None and self._is_torchs(layer, nn.LeakyReLU) and layer.negative_slope >= 0
+            ):
+                slope = layer.negative_slope
+            elif pooling is None and self._is_torchs(layer, nn.MaxPool2d) and _arguments(layer):
+                pooling = _arguments(layer)
+            else:
                 break
-            run = longer
-        return run
-
-    def _longer(self, run: Run, layer: Any) -> Run | None:
-        """Returns the run with this layer, too, or None."""
-        length = run.length + 1
-        if length == 2 and self._kind(layer) is PerStepBatchNorm2d and is_called_plainly(layer):
-            return run._replace(norm=layer, length=length)
-        if run.slope is None and self._is_torchs(layer, nn.ReLU):
-            return run._replace(slope=0.0, length=length)
-        if run.slope is None and self._is_torchs(layer, nn.LeakyReLU):
-            rises = layer.negative_slope >= 0
-            return run._replace(slope=layer.negative_slope, length=length) if rises else None
-        if run.pooling is None and self._is_torchs(layer, nn.MaxPool2d):
-            pooling = None if layer.return_indices else _pooling(layer)
-            return None if pooling is None else run._replace(pooling=pooling, length=length)
-        return None
+            length += 1
+        return Run(conv, norm, Layers(norm.eps, slope, pooling), length)
 
     def _is_torchs(self, layer: Any, kind: type[nn.Module]) -> bool:
         unchanged = kind.forward is _FORWARDS[kind]
@@ -146,10 +142,9 @@ def _is_unwatched(x: Any) -> bool:
     )
 
 
-def _pooling(layer: nn.MaxPool2d) -> Pooling | None:
+def _arguments(layer: nn.MaxPool2d) -> tuple[Any, ...] | None:
+    """Returns those of ``F.max_pool2d``, each a pair, if it is given numbers and no indices."""
     sides = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    pairs: list[Any] = [(n, n) if isinstance(n, int) else tuple(n) for n in sides]
-    if not all(len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
-        return None
-    kernel_size, stride, padding, dilation = pairs
-    return Pooling(kernel_size, stride, padding, dilation, layer.ceil_mode)
+    pairs: list[Any] = [(n, n) if isinstance(n, int) else n for n in sides]
+    numbers = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs)
+    return (*pairs, layer.ceil_mode) if numbers and not layer.return_indices else None

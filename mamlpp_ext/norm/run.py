@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from mamlpp_ext.fast_kernels import (
     Geometry,
     Layers,
-    Pooling,
     Running,
+    act_pool,
     convolution,
     in_default_layout,
-    in_turn,
     norm_act_pool,
     with_default_gradient,
 )
@@ -45,21 +44,19 @@ class Features(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A convolution and what of its kind follows.
+    """A convolution, its norm, and what of its kind follows.
 
     Attributes:
         conv: ``nn.Conv2d``.
-        norm: ``PerStepBatchNorm2d`` or None.
-        slope: of the activation below zero; None for none.
-        pooling: None for none.
-        length: how many layers these are.
+        norm: ``PerStepBatchNorm2d``.
+        layers: what follows the convolution.
+        length: how many layers all of these are.
     """
 
     conv: Any
-    norm: Any = None
-    slope: float | None = None
-    pooling: Pooling | None = None
-    length: int = 1
+    norm: Any
+    layers: Layers
+    length: int
 
     def compute(self, features: Features) -> tuple[Features, int] | None:
         """Returns what the first of these layers return, and how many they are.
@@ -72,57 +69,43 @@ class Run(NamedTuple):
         if not (features.laid_out or _is_default(x)):
             return None
         how = Geometry(self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
+        if x.is_cuda:  # what follows is torch's there
+            y = convolution(x, weight, bias, how, True) if transforms_active() else None
+            return None if y is None else (Features(y), 1)
         shape = how.shape_of_output(x, weight)
         if min(shape) < 1:  # torch says what is wrong
             return None
-        if x.is_cuda:
-            if not transforms_active():
-                return None
-            return Features(convolution(x, weight, bias, how, second_order=True)), 1
-        if not transforms_active():  # within, nobody can hold a gradient
-            weight = with_default_gradient(weight)
-            x = x if features.laid_out else with_default_gradient(x)
-        if self.norm is None:
-            found: Tensor | None = self._without_norm(x, weight, bias, how)
-        else:
-            found = self._with_norm(x, weight, bias, how, shape)
-        if found is None:
-            return None
-        return Features(found, laid_out=True, pooled=self.pooling is not None), self.length
-
-    def _without_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry
-    ) -> Tensor:
-        y = convolution(x, weight, bias, how, second_order=True)
-        return in_turn(y, Layers(0.0, self.slope, self.pooling), second_order=True)
-
-    def _with_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry, shape: torch.Size
-    ) -> Tensor | None:
         row = self.norm.current_row(shape)
         if not row.by_batch or not _are_alike(x, row.weight, row.bias):
             return None
+        if not transforms_active():  # within, nobody can hold a gradient
+            weight = with_default_gradient(weight)
+            x = x if features.laid_out else with_default_gradient(x)
         second_order = not self.norm.inner_step.first_order
-        layers = Layers(self.norm.eps, self.slope, self.pooling)
-        least = _LEAST_SECOND_ORDER if second_order else _LEAST_FIRST_ORDER
-        if not transforms_active() and shape.numel() < least:
-            y = convolution(x, weight, bias, how, second_order)
-            return in_turn(self.norm.normalized(y, row), layers, second_order)
 
         def measured(running: Running | None) -> Measured:
             y = convolution(x, weight, bias, how, second_order)
-            return norm_act_pool(y, row.weight, row.bias, layers, running)
+            return norm_act_pool(y, row.weight, row.bias, self.layers, running)
 
-        return self.norm.by_statistics_of(row, x.dtype, measured)  # type: ignore[no-any-return]
+        least = _LEAST_SECOND_ORDER if second_order else _LEAST_FIRST_ORDER
+        if transforms_active() or shape.numel() >= least:
+            y = self.norm.by_statistics_of(row, x.dtype, measured)
+        else:
+            y = self.norm.normalized(convolution(x, weight, bias, how, second_order), row)
+            y = act_pool(y, self.layers, second_order)
+        pooled = self.layers.pooling is not None
+        return Features(y, laid_out=True, pooled=pooled), self.length
 
 
 def _are_alike(x: Any, *others: Tensor | None) -> bool:
     """Returns whether these are plain tensors of one kind that there are kernels for."""
-    if x.dtype not in (torch.float32, torch.float64) or x.layout != torch.strided:
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
+        return False
+    if x.dtype not in (torch.float32, torch.float64):
         return False
     return all(
         type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype and t.device == x.device
-        for t in (x, *others)
+        for t in others
         if t is not None
     )
 
