@@ -91,6 +91,17 @@ def forward_mode_active() -> bool:
     return bool(getattr(forward_ad, "_current_level", 0) >= 0)
 
 
+def takes_closed_forms(*tensors: Tensor | None) -> bool:
+    """Returns whether these may be computed with by formulas of one order; missing: False.
+
+    Not within a transform, nor with tangents, nor by ``is_grads_batched``, whose tensors (2.13) are
+    of an older vmap, which is no transform and lacks rules.
+    """
+    older = getattr(_functorch, "is_legacy_batchedtensor", lambda x: True)
+    batched = any(older(t) for t in tensors if t is not None)
+    return not (batched or transforms_active() or forward_mode_active())
+
+
 def forward_mode_enabled() -> AbstractContextManager[Any]:
     """Lets operations within a Function's ``jvp`` move the tangents of enclosing transforms.
 

@@ -98,7 +98,7 @@ def _everything_about(module: nn.Module) -> tuple[list[Any], dict[str, Tensor]]:
         [type(layer) for layer in layers],
         [(layer.training, getattr(layer, "track_running_stats", None)) for layer in layers],
         [(id(p), p.requires_grad, p.grad is None) for p in params.values()],
-        [(step.index, step.frozen, step.tape is None) for step in steps],
+        [(step.index, step.frozen, step.collected is None) for step in steps],
     ]
     tensors = {**params, **dict(module.named_buffers())}
     return about, {n: t.detach().clone() for n, t in tensors.items() if not is_lazy(t)}

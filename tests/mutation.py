@@ -1,7 +1,7 @@
 """Changes the package in small ways, one at a time, and lists the changes that no test notices.
 
     python -m venv mutation && mutation/bin/pip install cosmic-ray==8.7.0
-    python tests/mutation.py mutation/bin [lslr batch_norm ...]
+    python tests/mutation.py mutation/bin [lslr.rates norm.base ...]
 
 The Python that runs this runs the tests, on a copy of the package. docs/reliability.md says why
 each survivor is harmless.
@@ -27,12 +27,14 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 120  # seconds for the tests of one change
 # The tests that could notice, by module; the quickest to notice first.
 TESTS = {
-    "derivative_order": "derivative_order multi_step_loss errors",
-    "schedule": "derivative_order multi_step_loss",
-    "multi_step_loss": "multi_step_loss errors",
-    "lslr": "lslr errors higher torchopt findings",
-    "batch_norm": "batch_norm errors convert steps",
-    "running_statistics": "batch_norm errors convert steps task_batch",
+    "schedules.derivative_order": "schedules/derivative_order schedules/multi_step_loss "
+    "schedules/errors",
+    "schedules.epochs": "schedules/derivative_order schedules/multi_step_loss",
+    "schedules.multi_step_loss": "schedules/multi_step_loss schedules/errors task_batch/errors",
+    "lslr.rates": "lslr/rates lslr/errors integrations/errors integrations/higher "
+    "integrations/torchopt check_setup",
+    "norm.base": "norm/batch_norm norm/errors norm/convert steps",
+    "norm.running_statistics": "norm/batch_norm norm/errors norm/convert steps task_batch/loss",
 }
 # What tests import, but for the package: most of their time.
 PRELOADED = "higher hypothesis pytest torchopt torch._dynamo torch.distributed.tensor"
@@ -40,7 +42,7 @@ PRELOADED = "higher hypothesis pytest torchopt torch._dynamo torch.distributed.t
 # write for another.
 CONFIG = """
 [cosmic-ray]
-module-path = "mamlpp_ext/{module}.py"
+module-path = "{path}"
 timeout = {limit}
 test-command = "{python} -S -c '{ask}' {module}"
 [cosmic-ray.distributor]
@@ -56,6 +58,10 @@ ASK = (
     "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(str(0)); "
     "s.send(sys.argv[1].encode()); sys.exit(int(s.recv(9) or 1))"
 )
+
+
+def path_of(module: str) -> str:
+    return f"mamlpp_ext/{module.replace('.', '/')}.py"
 
 
 @contextlib.contextmanager
@@ -89,10 +95,8 @@ def run_tests(where: Path, asking: socket.socket) -> None:
     os.chdir(where)
     sys.path.insert(0, str(where))  # before the package that is installed
     module = asking.recv(99).decode()
-    tests = [
-        *(f"tests/test_{name}.py" for name in TESTS[module].split()),
-        f"mamlpp_ext/{module}.py",
-    ]
+    names = (name.rpartition("/") for name in TESTS[module].split())
+    tests = [*(f"tests/{room}/test_{name}.py" for room, _, name in names), path_of(module)]
     again = "ignore::pytest.PytestAssertRewriteWarning"  # plugins that the last file had imported
     without = ("cacheprovider", "benchmark", "hypothesispytest")
     options = ["-x", "-q", "-W", again, *(f"-pno:{plugin}" for plugin in without)]
@@ -107,8 +111,8 @@ def run_tests(where: Path, asking: socket.socket) -> None:
 def survivors(tools: Path, module: str, where: Path) -> tuple[int, list[str]]:
     """Returns how many changes were tried on ``module`` and those that no test noticed."""
     config, session = where / f"{module}.toml", where / f"{module}.sqlite"
-    settings = {"module": module, "python": sys.executable, "limit": LIMIT + 5.0, "ask": ASK}
-    config.write_text(CONFIG.format(**settings))
+    settings = {"module": module, "path": path_of(module), "limit": LIMIT + 5.0, "ask": ASK}
+    config.write_text(CONFIG.format(**settings, python=sys.executable))
 
     def call(tool: str, *arguments: Path | str) -> list[str]:
         command = [tools / tool, *arguments]

@@ -293,7 +293,7 @@ def test_a_loop_that_is_left_puts_the_step_back(
                     if step == stop_at:
                         break
                 assert net.norm.inner_step.index == 1
-    assert net.norm.inner_step.driver is None
+    assert net.norm.inner_step.loop is None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import mamlpp_ext as mpp
-from mamlpp_ext import batch_norm_kernels, closed_form
+from mamlpp_ext.fast_kernels import batch_norm, batch_norm_kernels
 from mamlpp_ext.integrations import higher, torchopt
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -46,7 +46,7 @@ def reaching(kernel: str) -> Iterator[None]:
     reached: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         if kernel != "torch's":
-            patch.setattr(closed_form, "WORTH_A_FUNCTION", 0)
+            patch.setattr(batch_norm, "WORTH_A_FUNCTION", 0)
         if kernel == "large":
             patch.setattr(batch_norm_kernels, "_LARGE", 0)
         for name in KERNELS.values():
@@ -199,7 +199,7 @@ def test_only_a_loop_that_says_so_is_hinted(net: nn.Module) -> None:
 def test_large_input_on_cpu_takes_the_function_all_the_same(net: nn.Module) -> None:
     threads, names = torch.get_num_threads(), []
     for extra in (0, 1):
-        samples = (closed_form.WORTH_A_FUNCTION * threads**2) // 4 + extra
+        samples = (batch_norm.WORTH_A_FUNCTION * threads**2) // 4 + extra
         for _ in mpp.inner_steps(net, 1, second_order=False):
             names.append(type(net.norm(torch.zeros(samples, 4)).grad_fn).__name__)
     assert names == ["NativeBatchNormBackward0", "_BatchNormBackward"]

@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import growth
 import pytest
+
+import growth
 
 ITERATIONS = int(os.environ.get("GROWTH_ITERATIONS", "150"))
 Held = dict[str, int]

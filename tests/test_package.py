@@ -26,6 +26,7 @@ SIGNATURES = {
     "mamlpp_ext": {
         "DerivativeOrderAnnealing": "first_order_epochs",
         "FinalStepLoss": "",
+        "FusedSequential": "args",
         "LSLR": "module num_steps lr *adapt *learnable *extra_steps",
         "LSLR.update": "self params grads step",
         "MultiStepLoss": "num_steps anneal_epochs",
@@ -39,7 +40,6 @@ SIGNATURES = {
         "check_setup": "module lslr meta_optimizer *multi_step_loss *derivative_order "
         "*meta_scheduler",
         "convert_batchnorm": "module num_steps *extra_steps",
-        "fast_kernels": "module *second_order",
         "frozen_statistics": "module",
         "inner_steps": "module num_steps *second_order",
         "multi_step_loss_weights": "num_steps epoch anneal_epochs",

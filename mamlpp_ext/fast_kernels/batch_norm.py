@@ -160,7 +160,9 @@ class _BatchNorm(QuickFunction):
         many = all_folded((x, weight, bias), in_dims, size, (1, 0, 0))
         apply: Any = _BatchNorm.apply
         y, *statistics = apply(*many, eps, None)
-        return (_unfold(y, size, 1), *(_unfold(t, size, 0) for t in statistics)), (1, 0, 0, 0)
+        # The tasks first, but in memory behind the images, as torch's rule has them.
+        y = torch.unflatten(y, 1, (size, -1)).movedim(1, 0)
+        return (y, *(_unfold(t, size, 0) for t in statistics)), (0, 0, 0, 0)
 
 
 class _BatchNormBackward(QuickFunction):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mamlpp_ext.fast_kernels.layout import channels_last
 from mamlpp_ext.fast_kernels.quick_function import QuickFunction, all_folded
-from mamlpp_ext.torch_private import forward_mode_active, transforms_active
+from mamlpp_ext.torch_private import takes_closed_forms, transforms_active
 
 
 class Geometry(NamedTuple):
@@ -107,8 +107,7 @@ class _Convolution(QuickFunction):
         if g is None:
             return None, None, None, None
         x, w = ctx.saved_tensors
-        # Forward mode and vmap over a backward have torch's own formulas.
-        ours = torch.is_grad_enabled() and not (transforms_active() or forward_mode_active())
+        ours = torch.is_grad_enabled() and takes_closed_forms(g)
         function: Any = _ConvolutionBackward.apply if ours else _backward
         return *function(g, x, w, ctx.how, ctx.needs_input_grad[:3]), None
 

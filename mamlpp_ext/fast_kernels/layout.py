@@ -60,6 +60,6 @@ class _InDefaultLayout(QuickFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, pooled: bool) -> Any:
-        # Behind torch's pooling tasks come first; otherwise they stay where they are.
-        place = 0 if pooled else in_dims[0]
-        return in_default_layout(x.movedim(in_dims[0], place), pooled), place
+        # Behind torch's pooling tasks come first in memory, too, behind its norm after the images.
+        place = 0 if pooled else 1
+        return in_default_layout(x.movedim(in_dims[0], place), pooled).movedim(place, 0), 0

@@ -33,7 +33,7 @@ from mamlpp_ext.fast_kernels.norm_act_pool_kernels import (
 )
 from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference
 from mamlpp_ext.fast_kernels.quick_function import QuickFunction, all_folded
-from mamlpp_ext.torch_private import forward_mode_active, transforms_active
+from mamlpp_ext.torch_private import takes_closed_forms
 
 
 def norm_act_pool(
@@ -98,7 +98,7 @@ class _NormActPool(QuickFunction):
             return None, None, None, None, None
         x, weight, bias, *saved = ctx.saved_tensors
         grads: Any
-        if transforms_active() or forward_mode_active():
+        if not takes_closed_forms(arrived):
             grads = _torchs_backward(arrived, x, weight, bias, ctx.layers)
         elif torch.is_grad_enabled():
             apply: Any = _NormActPoolBackward.apply
@@ -138,7 +138,7 @@ class _NormActPoolBackward(QuickFunction):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         arrived, x, weight, bias, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled() or transforms_active() or forward_mode_active():
+        if torch.is_grad_enabled() or not takes_closed_forms(*cotangents):
             with torch.enable_grad():
                 inputs = arrived, x, weight, bias = _views(arrived, x, weight, bias)
                 grads = _torchs_backward(arrived, x, weight, bias, ctx.layers)
@@ -162,8 +162,9 @@ def _torchs_backward(
 
 
 def _views(*tensors: Any) -> list[Any]:
-    # Or a gradient would also go from one of the inputs to another that it is made of.
-    return [None if t is None else t.view_as(t) for t in tensors]
+    # Or a gradient would also go from one of the inputs to another that it is made of. In the
+    # default layout, as vmap over a backward has no rules for others (torch 2.13).
+    return [None if t is None else t.contiguous().view_as(t) for t in tensors]
 
 
 def _gradients(outputs: Any, weights: Any, inputs: Sequence[Any]) -> list[Tensor | None]:

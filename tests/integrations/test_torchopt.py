@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import nodes
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
+from conftest import nodes
 
 torchopt = pytest.importorskip("torchopt")
 

@@ -15,8 +15,8 @@ from conftest import nodes
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
-from mamlpp_ext import task_loop
-from mamlpp_ext.task_batch.rematerialize import Shelf
+from mamlpp_ext.task_batch import loop as task_loop
+from mamlpp_ext.task_batch.rematerialize import OutputMemory
 from mamlpp_ext.task_batch.loop import TaskLoop
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -524,7 +524,7 @@ def test_a_second_backward_is_the_same(
 
 
 def test_what_is_kept_of_a_step_has_its_layout_and_counts_its_changes_alone() -> None:
-    shelf = Shelf(100)
+    shelf = OutputMemory(100)
     images = torch.randn(2, 3, 4, 5)
     tensors = [images, images.to(memory_format=torch.channels_last), torch.arange(3), images[0, 0]]
     kept = [shelf.put(tensor) for tensor in tensors]

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from mamlpp_ext import task_batch_module
 from mamlpp_ext.benchmark import __main__ as command
 from mamlpp_ext.benchmark import loops, measure
 from mamlpp_ext.benchmark.loops import (
@@ -27,6 +26,7 @@ from mamlpp_ext.benchmark.loops import (
     make_learner,
 )
 from mamlpp_ext.benchmark.question import Question, memory_and_time
+from mamlpp_ext.task_batch import module as task_batch_module
 
 MODELS = """
 from torch import nn

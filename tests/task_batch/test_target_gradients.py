@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import nodes
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
-from mamlpp_ext import task_batch
+from conftest import nodes
+from mamlpp_ext.task_batch import loss as task_batch
+from mamlpp_ext.task_batch.adapted_model import AdaptedModel
 from mamlpp_ext.task_batch.chunks import differentiated
 from mamlpp_ext.task_batch.loop import TaskLoop
+from mamlpp_ext.task_batch.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -171,18 +173,16 @@ def test_when_they_are_taken_at_once(
         lslr = mpp.LSLR(net, STEPS, adapt="head.bias")
     batch = [t.requires_grad_() if change == "data" and t.is_floating_point() else t for t in tasks]
     with torch.autocast("cpu", torch.float16, enabled=change == "autocast"):
-        loop = TaskLoop(
-            net,
-            lslr,
+        settings = Settings(
             F.cross_entropy,
             num_steps=STEPS,
+            aggregate=None,
             second_order=True,
             rematerialize=True,
             all_step_losses=True,
-            at_once=True,
-            batch=tuple(batch),
         )
-    assert loop.at_once == expected
+        loop = TaskLoop(AdaptedModel(net, lslr, STEPS), settings, tuple(batch))
+    assert loop.early == expected
 
 
 def test_a_scaled_loss_keeps_small_gradients(net: nn.Module, tasks: Any) -> None:

@@ -23,7 +23,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this torch is built without gloo", allow_module_level=True)
 
 PROCESSES, STEPS, ITERATIONS = 2, 3, 2
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
 @dataclasses.dataclass(frozen=True)

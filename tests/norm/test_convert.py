@@ -162,7 +162,7 @@ def test_without_bias(mode: bool) -> None:
 def test_plain_layers_beside_converted_ones_are_converted() -> None:
     mixed = nn.Sequential(mpp.PerStepBatchNorm1d(4, 2), nn.BatchNorm1d(4))
     converted = mpp.convert_batchnorm(mixed, 2)
-    for step in mpp.inner_steps(converted, 2):  # the two clocks go together
+    for step in mpp.inner_steps(converted, 2):  # the two counters go together
         converted(torch.randn(3, 4))
         assert [layer.num_batches_tracked[step].item() for layer in converted] == [1, 1]
 

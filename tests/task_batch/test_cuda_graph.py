@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
-from mamlpp_ext import cuda_graph, task_batch_module
+from mamlpp_ext.task_batch import cuda_graph
+from mamlpp_ext.task_batch import module as task_batch_module
 from mamlpp_ext.task_batch.cuda_graph import Captured
 
 

@@ -1,0 +1,146 @@
+"""What the table of rates and its update refuse."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mamlpp_ext as mpp
+from error_tables import Net, Row, Table, checked, done_to, per_step, plain
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def frozen() -> nn.Module:
+    """A model that nothing can be adapted of."""
+    return plain().requires_grad_(False)
+
+
+def update(
+    net: Net, step: Any = 0, without_param: str = "", without_grad: str = "", **other: Tensor
+) -> None:
+    tensors = dict(net.named_parameters())
+    params = {name: p for name, p in tensors.items() if name != without_param}
+    grads = {name: p for name, p in tensors.items() if name != without_grad}
+    mpp.LSLR(net, 3).update(params, grads | other, step)
+
+
+def rates_of(names: str, steps: int = 3) -> dict[str, Any]:
+    return mpp.LSLR(per_step(), steps, adapt=names).state_dict()
+
+
+RATES: dict[str, Row] = {
+    "lslr 0 steps": (lambda n: mpp.LSLR(n, 0), ValueError, ("num_steps", "at least 1", "got 0")),
+    "lslr 1.5 steps": (lambda n: mpp.LSLR(n, 1.5), TypeError, ("num_steps", "got 1.5", "an int")),
+    "lslr extra steps None": (
+        lambda n: mpp.LSLR(n, 5, extra_steps=None),
+        ValueError,
+        ("extra_steps", "got None"),
+    ),
+    "parameters for a model": (
+        lambda n: mpp.LSLR(n.parameters(), 5),
+        TypeError,
+        ("torch.nn.Module", "got generator", "pass the model itself"),
+    ),
+    "update with lists": (
+        lambda n: mpp.LSLR(n, 3).update([*n.parameters()], [*n.parameters()], 0),
+        TypeError,
+        ("params must be a dict by name", "got list", "dict(model.named_parameters())"),
+    ),
+    "lr nan": (lambda n: mpp.LSLR(n, 5, lr=math.nan), ValueError, ("lr", "finite", "got nan")),
+    "lr inf": (lambda n: mpp.LSLR(n, 5, lr=math.inf), ValueError, ("lr", "finite", "got inf")),
+    "lr -0.1": (
+        lambda n: mpp.LSLR(n, 5, lr=-0.1),
+        ValueError,
+        ("lr", "at least 0", "got -0.1", "may turn a rate negative later"),
+    ),
+    "lr text": (lambda n: mpp.LSLR(n, 5, lr="0.1"), ValueError, ("lr", "got '0.1'")),
+    "lr True": (lambda n: mpp.LSLR(n, 5, lr=True), ValueError, ("lr", "got True")),
+    "lr for each tensor": (
+        lambda n: mpp.LSLR(n, 5, lr=[0.1, 0.2]),
+        ValueError,
+        ("lr", "finite number", "got [0.1, 0.2]"),
+    ),
+    "pattern of nothing": (
+        lambda n: mpp.LSLR(n, 5, adapt=["head.*", "tail.*"]),
+        ValueError,
+        ("'tail.*' matches no parameter", "'body.weight'", "'head.bias'"),
+    ),
+    "callable of nothing": (
+        lambda n: mpp.LSLR(n, 5, adapt=lambda name: False),
+        ValueError,
+        ("nothing is left to adapt in Sequential", "'body.weight'"),
+    ),
+    "adapt empty": (
+        lambda n: mpp.LSLR(n, 5, adapt=[]),
+        ValueError,
+        ("nothing is left to adapt", "adapt=[]"),
+    ),
+    "adapt a number": (
+        lambda n: mpp.LSLR(n, 5, adapt=5),
+        TypeError,
+        ("adapt", "callable", "pattern", "got 5"),
+    ),
+    "adapt numbers": (
+        lambda n: mpp.LSLR(n, 5, adapt=[1, 2]),
+        TypeError,
+        ("adapt", "callable", "pattern", "1"),
+    ),
+    "only per-step layers": (
+        lambda n: mpp.LSLR(n.norm, 5),
+        ValueError,
+        ("nothing is left to adapt in PerStepBatchNorm1d", "'weight', 'bias'"),
+    ),
+    "update lacks a parameter": (
+        lambda n: update(n, without_param="head.bias"),
+        KeyError,
+        ("params lacks 'head.bias'", "it has", "by its name in named_parameters()"),
+    ),
+    "update lacks a gradient": (
+        lambda n: update(n, without_grad="body.weight"),
+        KeyError,
+        ("grads lacks 'body.weight'", "a missing gradient as None"),
+    ),
+    "update with a gradient that would broadcast": (
+        lambda n: update(n, **{"head.bias": torch.zeros(4, 2)}),
+        ValueError,
+        ("gradient of 'head.bias' has shape (4, 2)", "the parameter (2,)", "this very tensor"),
+    ),
+    "update at step 3 of 3": (
+        lambda n: update(n, step=3),
+        ValueError,
+        ("inner step 3", "LSLR with num_steps=3", "legal: 0 to 2", "extra_steps='last'"),
+    ),
+    "update at step -1": (lambda n: update(n, step=-1), ValueError, ("step", "got -1")),
+    "update at step 0.5": (lambda n: update(n, step=0.5), TypeError, ("step", "got 0.5")),
+    "table of other names": (
+        lambda n: mpp.LSLR(n, 3, adapt="head.*").load_state_dict(rates_of("body.*")),
+        RuntimeError,
+        ("only there 'body.weight'", "only in this LSLR 'head.weight'", "nothing was loaded"),
+    ),
+    "table of other steps": (
+        lambda n: mpp.LSLR(n, 3, adapt="*").load_state_dict(rates_of("*", steps=5)),
+        RuntimeError,
+        ("num_steps=5", "num_steps=3"),
+    ),
+}
+OTHER_MODELS: Table = {
+    "pattern of the frozen": (
+        frozen,
+        lambda n: mpp.LSLR(n, 5, adapt="*"),
+        ValueError,
+        ("'*' matches no parameter that requires grad", "there are none"),
+    ),
+    "everything frozen": (
+        frozen,
+        lambda n: mpp.LSLR(n, 5),
+        ValueError,
+        ("nothing is left to adapt", "parameters that require grad: none"),
+    ),
+}
+TABLE: Table = {**done_to(per_step, RATES), **OTHER_MODELS}
+test_bad_input = checked(TABLE)
