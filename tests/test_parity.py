@@ -10,14 +10,14 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-import equations
 import pytest
 import torch
 import torch.nn.functional as F
-from equations import Answer, maml_plus_plus
 from torch import Tensor, nn
 
+import equations
 import mamlpp_ext as mpp
+from equations import Answer, maml_plus_plus
 
 higher = pytest.importorskip("higher")
 torchopt = pytest.importorskip("torchopt")

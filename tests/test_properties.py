@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
-from random_nets import ADAPT, CHANNELS_LAST, Plan, build, plans, tasks
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import mamlpp_ext as mpp
 from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
 from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference
+from random_nets import ADAPT, CHANNELS_LAST, Plan, build, plans, tasks
 
 pytest.importorskip("higher")
 pytest.importorskip("torchopt")

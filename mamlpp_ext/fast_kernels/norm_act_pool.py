@@ -60,20 +60,19 @@ def norm_act_pool_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, layers: Layers
 ) -> Tensor:
     """What :func:`norm_act_pool` computes, composed of torch's differentiable operations."""
-    return act_pool(batch_normalize_reference(x, weight, bias, layers.eps)[0], layers, True)
+    return act_pool(batch_normalize_reference(x, weight, bias, layers.eps)[0], layers)
 
 
-def act_pool(x: Tensor, layers: Layers, second_order: bool) -> Tensor:
+def act_pool(x: Tensor, layers: Layers) -> Tensor:
     """Returns ``x``, normalised, behind the activation and the pooling, by torch's own functions.
 
-    Activations rise, so that they may follow the pooling, which leaves less for them and for their
-    backward. torch's second derivative of pooling takes longer then (2.13).
+    Activations rise, so that they may follow the pooling, which leaves less for them.
     """
-    if layers.pooling is not None and not second_order:
-        return act_pool(F.max_pool2d(x, *layers.pooling), layers._replace(pooling=None), False)
-    if layers.slope is not None:
-        x = F.leaky_relu(x, layers.slope) if layers.slope else F.relu(x)
-    return x if layers.pooling is None else F.max_pool2d(x, *layers.pooling)
+    if layers.pooling is not None:
+        x = F.max_pool2d(x, *layers.pooling)
+    if layers.slope is None:
+        return x
+    return F.leaky_relu(x, layers.slope) if layers.slope else F.relu(x)
 
 
 class _NormActPool(QuickFunction):

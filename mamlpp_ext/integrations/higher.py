@@ -1,10 +1,10 @@
 """MAML++ in the inner loops of ``higher``.
 
-What it touches of higher 0.2.1, which is no longer maintained (``tests/test_peers.py`` holds it):
-``innerloop_ctx``, ``register_optim``, ``optim.DifferentiableOptimizer`` (its ``__init__``,
-``step``, ``_update``, ``_apply_override``, ``param_groups``, ``_grad_callback``,
+What it touches of higher 0.2.1, which is no longer maintained (``tests/integrations/test_peers.py``
+holds it): ``innerloop_ctx``, ``register_optim``, ``optim.DifferentiableOptimizer`` (its
+``__init__``, ``step``, ``_update``, ``_apply_override``, ``param_groups``, ``_grad_callback``,
 ``_track_higher_grads``, ``_fmodel``, ``_group_to_param_list``), the patched module's
-``fast_params``, ``update_params`` and its submodules' ``_buffers``.
+``fast_params``, ``update_params``, ``_refill_params_box`` and its submodules' ``_buffers``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MAML++ in the inner loops of ``torchopt``.
 
-What it touches of torchopt 0.7.3 (``tests/test_peers.py`` holds it): ``MetaOptimizer`` (its
-``__init__``, ``step``, ``impl``, ``state_groups``), ``base.GradientTransformation``,
+What it touches of torchopt 0.7.3 (``tests/integrations/test_peers.py`` holds it): ``MetaOptimizer``
+(its ``__init__``, ``step``, ``impl``, ``state_groups``), ``base.GradientTransformation``,
 ``base.UninitializedState``, ``extract_state_dict``, ``recover_state_dict``, and of ``pytree``
 ``tree_flatten``, ``tree_unflatten``, ``tree_paths``, ``tree_leaves``.
 """

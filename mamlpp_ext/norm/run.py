@@ -21,8 +21,8 @@ from mamlpp_ext.norm.base import Measured
 from mamlpp_ext.torch_private import transforms_active
 
 # Values of a convolution's output from which on norm, activation and pooling are quicker as one
-# function, in each order of derivatives (two cores; benchmarks/README.md has the crossover).
-_LEAST_FIRST_ORDER, _LEAST_SECOND_ORDER = 400_000, 40_000
+# function in first order, too (two cores; benchmarks/README.md has the crossover).
+_LEAST_FIRST_ORDER = 400_000
 
 
 class Features(NamedTuple):
@@ -87,12 +87,11 @@ class Run(NamedTuple):
             y = convolution(x, weight, bias, how, second_order)
             return norm_act_pool(y, row.weight, row.bias, self.layers, running)
 
-        least = _LEAST_SECOND_ORDER if second_order else _LEAST_FIRST_ORDER
-        if transforms_active() or shape.numel() >= least:
+        if second_order or transforms_active() or shape.numel() >= _LEAST_FIRST_ORDER:
             y = self.norm.by_statistics_of(row, x.dtype, measured)
         else:
             y = self.norm.normalized(convolution(x, weight, bias, how, second_order), row)
-            y = act_pool(y, self.layers, second_order)
+            y = act_pool(y, self.layers)
         pooled = self.layers.pooling is not None
         return Features(y, laid_out=True, pooled=pooled), self.length
 

@@ -52,9 +52,9 @@ class AdaptedModel:
         return functional_call(self.model, placed, (x,), tie_weights=False)
 
     def learned_outside(self) -> list[Tensor]:
-        """Returns the parameters that the outer loop alone learns, with the rates."""
+        """Returns the model's parameters that the outer loop alone learns."""
         outer = (p for name, p in self.model.named_parameters() if name not in self.initial)
-        return [p for p in (*outer, *self.lslr.parameters()) if p.requires_grad]
+        return [p for p in outer if p.requires_grad]
 
     def mode(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """Returns what decides how the layers compute, besides their tensors."""

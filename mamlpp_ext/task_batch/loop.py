@@ -29,7 +29,8 @@ class TaskLoop:
         self.model, self.settings = model, settings
         self.counted = settings.counted_steps()
         self.early = settings.target_gradients_early and _gains_by_early_gradients(model, batch)
-        self.learned = [*model.learned_outside(), *settings.learned()]
+        rates = [p for p in model.lslr.parameters() if p.requires_grad]
+        self.learned = [*model.learned_outside(), *rates, *settings.learned()]
         # Read in eval mode; in the list, changing them before the backward is an error.
         read = [b for m in model.modules if not m.training for b in m.buffers(recurse=False)]
         self.captured = distinct([*self.learned, *read])

@@ -176,9 +176,7 @@ def test_images_come_back_channels_last(channels) -> None:
 
 
 @pytest.mark.parametrize("second_order", [False, True])
-@pytest.mark.parametrize(
-    "call", [((2, 3, 5, 5), (4, 2, 3, 3)), ((2, 2, 5, 5), (4, 2, 8, 8))]
-)
+@pytest.mark.parametrize("call", [((2, 3, 5, 5), (4, 2, 3, 3)), ((2, 2, 5, 5), (4, 2, 8, 8))])
 def test_errors_are_torchs(call, second_order) -> None:
     x, w = tensors(*call)
     how = PLAIN._replace(padding=(0, 0))

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from mamlpp_ext import torch_private
-from mamlpp_ext.fast_kernels import quick_function
 from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
 from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference
 
@@ -38,7 +36,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_nested_transforms(transform, direct, monkeypatch) -> None:
     if not direct:
-        monkeypatch.setattr(quick_function, "_innermost", None)
+        monkeypatch.setattr(torch_private, "innermost_vmap", lambda: None)
     generator = torch.Generator().manual_seed(0)
     x, w = (
         torch.randn(s, generator=generator, dtype=torch.float64)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import nodes
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
+from conftest import nodes
 from mamlpp_ext.task_batch import loop as task_loop
-from mamlpp_ext.task_batch.rematerialize import OutputMemory
 from mamlpp_ext.task_batch.loop import TaskLoop
+from mamlpp_ext.task_batch.rematerialize import OutputMemory
 
 pytestmark = pytest.mark.usefixtures("float64")
 
