@@ -1,5 +1,5 @@
 # make demo   MAML against MAML++ on few-shot handwriting; make help lists what it takes
-# make test   everything that has to pass
+# make test   everything that has to pass; make quick: what to run while working
 # make test-deep   the property tests on many more random models
 # make docs   the documentation, in docs/_build
 # make ablation DATA=...   the paper's ablation, resumable
@@ -19,7 +19,10 @@ ABLATION_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) \
 	$(call flag,MINUTES,minutes) $(call flag,WAYS,ways) $(call flag,SHOTS,shots) \
 	$(call flag,STEPS,steps) $(call flag,FILTERS,filters) $(call flag,OUT,out)
 
-.PHONY: help demo test test-deep docs ablation bench bench-pytest clean
+QUICK = $(addprefix tests/,norm lslr schedules fast_kernels integrations test_steps.py \
+	test_errors.py test_check_setup.py test_house.py test_checkpoint.py test_first_order.py)
+
+.PHONY: help demo test quick lint test-deep docs ablation bench bench-pytest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,7 +31,9 @@ help:
 	@echo '            BACKEND=name      higher, torchopt or torch_func'
 	@echo '            MINUTES= WAYS= SHOTS= STEPS= FILTERS= SEED= OUT='
 	@echo '            ARGS="..."        further flags of docs/examples/demo.py (ARGS=--help)'
-	@echo 'make test   ruff, mypy, tests and doctests; ARGS="..." goes to pytest'
+	@echo 'make test   ruff, mypy, the direction of imports, tests and doctests; ARGS="..." goes to'
+	@echo '            pytest'
+	@echo 'make quick  the same with the unit tests alone, under a minute, while you work'
 	@echo 'make test-deep   the property tests alone, with EXAMPLES=1000 random cases each; a failure is'
 	@echo '            kept in .hypothesis/ and tried first the next time'
 	@echo 'make docs   writes docs/_build/index.html; warnings are errors'
@@ -53,15 +58,21 @@ bench: $(VENV)/.bench
 bench-pytest: $(VENV)/.bench
 	$(BIN)/python -m pytest $(or $(ARGS),$(wildcard benchmarks/test_*.py))
 
-test: $(VENV)/.test
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+quick: lint
+	$(BIN)/python -m pytest -q $(QUICK) $(ARGS)
+
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/lint-imports --no-cache --no-logo
 
 test-deep: $(VENV)/.test
 	EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest tests/test_properties.py \
-		--hypothesis-profile=deep --hypothesis-show-statistics $(ARGS)
+		tests/test_forwards.py --hypothesis-profile=deep --hypothesis-show-statistics $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build

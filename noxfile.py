@@ -12,7 +12,7 @@ import nox
 nox.options.error_on_missing_interpreters = False
 # What the documentation needs is left out, and what trains for long.
 LEFT_OUT = ("test_ablation", "test_docs", "test_examples", "test_guides")
-TESTS = sorted(str(path) for path in Path("tests").glob("test_*.py") if path.stem not in LEFT_OUT)
+TESTS = sorted(str(path) for path in Path("tests").rglob("test_*.py") if path.stem not in LEFT_OUT)
 
 
 @nox.session

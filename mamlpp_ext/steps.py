@@ -65,10 +65,7 @@ class InnerStep:
 
     @property
     def first_order(self) -> bool:
-        """Whether nobody will ask for a gradient of a gradient; a matter of speed alone.
-
-        The layers may then take the forward that is quickest without.
-        """
+        """Whether nobody will ask for a gradient of a gradient; a matter of speed alone."""
         by_loop = None if self.loop is None else self.loop.second_order
         return not (self.second_order if by_loop is None else by_loop)
 
@@ -212,8 +209,7 @@ def at_step(module: nn.Module, step: int) -> Iterator[None]:
         torch.Size([8, 3])
 
     Source:
-        Antoniou et al., "How to train your MAML", ICLR 2019, section 4: the step that per-step
-        statistics, weights and biases are indexed by.
+        As :func:`inner_steps`.
     """
     step = checked_count("step", step, least=0)
     with fixed_at(checked_counters(module, step), step):

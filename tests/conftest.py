@@ -15,8 +15,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import mamlpp_ext as mpp
+from mamlpp_ext.fast_kernels import batch_norm
+from mamlpp_ext.norm import run
 
 ROWS = 3
+THRESHOLDS = [
+    (module, name, getattr(module, name))
+    for module, name in (
+        (batch_norm, "SMALL"),
+        (run, "_LEAST_FIRST_ORDER"),
+        (run, "_LEAST_SECOND_ORDER"),
+        (run, "_LEAST_AS_ONE"),
+    )
+]
 
 # The tensors are tiny: more threads only wait for each other, for minutes on a busy machine.
 torch.set_num_threads(1)
@@ -29,6 +40,21 @@ settings.register_profile(
     "deep", max_examples=int(os.environ.get("EXAMPLES", "1000")), print_blob=True, **slow
 )
 settings.load_profile("quick")
+
+
+@pytest.fixture(autouse=True)
+def closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors are tiny: what is for large ones is tried on them all the same."""
+    monkeypatch.setattr(batch_norm, "SMALL", 0)
+    for name in ("_LEAST_FIRST_ORDER", "_LEAST_SECOND_ORDER", "_LEAST_AS_ONE"):
+        monkeypatch.setattr(run, name, 0)
+
+
+@pytest.fixture
+def by_size(closed_forms: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny tensors are left to torch, as they are to a user."""
+    for module, name, value in THRESHOLDS:
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ class TorchNorm(nn.Module):
         mean, var = self.running_mean[step.index], self.running_var[step.index]
         if self.training:
             self.num_batches_tracked[step.index] += 1
-        mean, var, momentum = mean.detach(), var.detach(), self.momentum
+        seen = self.num_batches_tracked[step.index].item()
+        mean, var = mean.detach(), var.detach()
+        momentum = 1 / max(seen, 1) if self.momentum is None else self.momentum
         return F.batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
 
 
@@ -204,7 +206,7 @@ class Forward:
         ops: between the runs, a list behind each.
         hook: on a layer inside of a run, or None.
         frozen: whether a convolution is frozen in the second iteration, and thawed in the third.
-        least: values from which on a run is computed as one function.
+        least: the thresholds of a run in size: in first and second order, and as one function.
         seed: of the numbers.
     """
 
@@ -212,7 +214,7 @@ class Forward:
     ops: tuple[tuple[str, ...], ...]
     hook: str | None
     frozen: bool
-    least: int
+    least: tuple[int, int, int]
     seed: int
 
 
@@ -229,7 +231,7 @@ def forwards(names: list[str]) -> st.SearchStrategy[Forward]:
             ops=st.tuples(*[st.lists(st.sampled_from(names), max_size=2).map(tuple)] * count),
             hook=st.sampled_from([None, None, *HOOKS]),
             frozen=st.booleans(),
-            least=st.sampled_from([0, 1_000, 10**9]),
+            least=st.tuples(*[st.sampled_from([0, 500, 10**9])] * 3),
             seed=st.integers(0, 999),
         )
     )
@@ -288,6 +290,7 @@ def make(plan: Forward) -> tuple[Stranger, mpp.LSLR]:
             layer.weight.data.uniform_(0.5, 1.5)
             layer.weight.data[:, plan.seed % CHANNELS] *= -1  # one falls with its input
             layer.bias.data.normal_()
+            layer.momentum = None if plan.seed % 3 == 0 else 0.1
     lslr = mpp.LSLR(net, STEPS)
     lslr.rates.data.uniform_(-0.1, 0.3)
     return net, lslr

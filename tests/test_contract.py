@@ -50,7 +50,9 @@ ROWS = {
 
 @pytest.fixture(params=[0, 10**9], ids=["as one", "one by one"], autouse=True)
 def computed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_LEAST_FIRST_ORDER", request.param)
+    monkeypatch.setattr(run, "_LEAST_AS_ONE", request.param)
+    for name in ("_LEAST_FIRST_ORDER", "_LEAST_SECOND_ORDER"):
+        monkeypatch.setattr(run, name, 0)
 
 
 def agree(plan: Forward, path: str, second_order: bool) -> None:
@@ -72,30 +74,32 @@ def agree(plan: Forward, path: str, second_order: bool) -> None:
 def test_what_a_forward_does_to_a_feature_map(row, path, second_order) -> None:
     op, activation = ROWS[row]
     blocks = ((activation, "none", False), ("relu", "pool", False))
-    agree(Forward(blocks, ((op,), (op,)), None, False, 0, 1), path, second_order)
+    agree(Forward(blocks, ((op,), (op,)), None, False, (0, 0, 0), 1), path, second_order)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_spatial_transformer(path) -> None:
     blocks = (("relu", "none", False), ("relu", "pool", False))
-    agree(Forward(blocks, (("spatial_transformer",), ()), None, False, 0, 1), path, False)
+    agree(Forward(blocks, (("spatial_transformer",), ()), None, False, (0, 0, 0), 1), path, False)
 
 
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_convolution_is_frozen_after_the_rates_were_made(path, second_order) -> None:
     blocks = (("relu", "pool", False), ("relu", "pool", False))
-    agree(Forward(blocks, ((), ()), None, True, 0, 1), path, second_order)
+    agree(Forward(blocks, ((), ()), None, True, (0, 0, 0), 1), path, second_order)
 
 
 @pytest.mark.parametrize("hook", ["keeps", "keeps gradients", "changes"])
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "higher"])
 def test_a_hook_on_a_layer_of_a_run(path, hook) -> None:
     blocks = (("relu", "pool", False), ("relu", "pool", False))
-    agree(Forward(blocks, ((), ()), hook, False, 0, 1), path, True)
+    agree(Forward(blocks, ((), ()), hook, False, (0, 0, 0), 1), path, True)
 
 
-PLAIN = Forward((("relu", "pool", False), ("leaky", "none", True)), ((), ()), None, False, 0, 1)
+PLAIN = Forward(
+    (("relu", "pool", False), ("leaky", "none", True)), ((), ()), None, False, (0, 0, 0), 1
+)
 
 
 def loops(net: nn.Module, lslr: mpp.LSLR, use: Callable[[nn.Module], Any]) -> list[Any]:
@@ -245,4 +249,4 @@ def test_a_forwards_own_error_comes_through(path, monkeypatch) -> None:
     monkeypatch.setitem(OPS, "fails", fails)
     blocks = (("none", "none", False),)
     with pytest.raises(LookupError, match="the forward's own"):
-        outcome(path, Forward(blocks, (("fails",),), None, False, 0, 1), True)
+        outcome(path, Forward(blocks, (("fails",),), None, False, (0, 0, 0), 1), True)

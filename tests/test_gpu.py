@@ -15,7 +15,6 @@ from torch.autograd import gradcheck, gradgradcheck
 import mamlpp_ext as mpp
 from mamlpp_ext.benchmark.loops import GRAPH, LEARNERS, LOOPS, MetaIteration, make_learner
 from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
-from mamlpp_ext.fast_kernels.convolution import convolution
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -94,7 +93,7 @@ def test_derivatives_of_batch_norm(
 def test_derivatives_of_convolution(check: Any, groups: int, tasks: int | None) -> None:
     def convolve(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         how = {"stride": 2, "padding": 1, "groups": groups}
-        return convolution(torch.conv2d, 2, True, None, x, w, b, **how)
+        return convolve(torch.conv2d, 2, True, None, x, w, b, **how)
 
     shapes = (2, 2, 4, 4), (4, 2 // groups, 3, 3), (4,)
     lead = () if tasks is None else (tasks,)

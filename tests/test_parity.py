@@ -441,6 +441,19 @@ def test_backend_equals_the_equations(kind, name, second_order, multi_step):
     hold(answer(case, backend, second_order, multi_step), want)
 
 
+@pytest.mark.usefixtures("by_size")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_tiny_tensors_left_to_torch_equal_the_equations(kind, name):
+    backend = BACKENDS[kind]
+    if name in backend.without:
+        pytest.skip("not in this backend")
+    want = truth(name, True, True, backend.at_once)
+    if not backend.statistics:
+        want = dataclasses.replace(want, statistics=dict(setup(CASES[name])[0].named_buffers()))
+    hold(answer(CASES[name], backend, True, True), want)
+
+
 @pytest.mark.parametrize("name", ["conv", "momentum=None"])
 @pytest.mark.parametrize("kind", [kind for kind, backend in BACKENDS.items() if backend.statistics])
 def test_a_second_meta_iteration_starts_where_the_first_ended(kind, name):

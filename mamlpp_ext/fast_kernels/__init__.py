@@ -5,9 +5,9 @@ Functions of tensors: they know nothing of modules, rows or inner steps.
 
 from mamlpp_ext.fast_kernels.batch_norm import batch_normalize, batch_normalize_into
 from mamlpp_ext.fast_kernels.batch_norm_kernels import Running, statistics_dtype
-from mamlpp_ext.fast_kernels.convolution import Geometry, convolution
+from mamlpp_ext.fast_kernels.convolution import Geometry, convolve
 from mamlpp_ext.fast_kernels.layout import in_default_layout, with_default_gradient
-from mamlpp_ext.fast_kernels.norm_act_pool import act_pool, norm_act_pool
+from mamlpp_ext.fast_kernels.norm_act_pool import activate_pool, normalize_activate_pool
 from mamlpp_ext.fast_kernels.norm_act_pool_kernels import Layers
 from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference, normalize
 from mamlpp_ext.fast_kernels.quick_function import QuickFunction, save
@@ -17,14 +17,14 @@ __all__ = [
     "Layers",
     "QuickFunction",
     "Running",
-    "act_pool",
+    "activate_pool",
     "batch_normalize",
     "batch_normalize_into",
     "batch_normalize_reference",
-    "convolution",
+    "convolve",
     "in_default_layout",
-    "norm_act_pool",
     "normalize",
+    "normalize_activate_pool",
     "save",
     "statistics_dtype",
     "with_default_gradient",

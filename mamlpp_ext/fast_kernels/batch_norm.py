@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from mamlpp_ext.fast_kernels.batch_norm_kernels import (
+    SMALL,
     WORTH_A_FUNCTION,
     Running,
     double_backward,
@@ -91,7 +92,8 @@ def batch_normalize_into(
     Returns:
         The output as ``x``.
     """
-    if first_order and not slow_in_torch(x, WORTH_A_FUNCTION):
+    small = x.numel() < SMALL
+    if small or (first_order and not slow_in_torch(x, WORTH_A_FUNCTION)):
         # Plain .data: torch would guard running statistics against later updates for the sake of a
         # backward that does not read them in training.
         mean, var, momentum = running.mean.data, running.var.data, running.momentum

@@ -18,6 +18,8 @@ _Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 # Elements from which on several fast passes beat torch's single slow one with one thread: in a
 # Function, and together with a Function's own cost. More threads help torch's pass more.
 _LARGE, WORTH_A_FUNCTION = 50_000, 75_000
+# Elements below which torch's own second derivative is quicker, for all of its forty temporaries.
+SMALL = 12_000
 
 
 class Running(NamedTuple):

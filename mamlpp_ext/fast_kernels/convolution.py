@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamlpp_ext.fast_kernels.layout import channels_last
+from mamlpp_ext.fast_kernels.layout import channels_last, with_default_gradient
 from mamlpp_ext.fast_kernels.quick_function import QuickFunction, all_folded
 from mamlpp_ext.torch_private import takes_closed_forms, transforms_active
 
@@ -43,25 +43,22 @@ class Geometry(NamedTuple):
         return torch.Size((x.shape[0], w.shape[0], *sizes))
 
 
-def convolution(
-    x: Tensor, w: Tensor, b: Tensor | None, how: Geometry, second_order: bool
-) -> Tensor:
+def convolve(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry, second_order: bool) -> Tensor:
     """Returns what ``torch.conv2d`` does; images on the CPU are laid out channels_last.
 
     Args:
         x: [N, C, H, W].
-        w: [O, C / groups, kernel height, kernel width], of the same dtype.
+        w: [O, C / groups, kernel height, kernel width], of the same dtype; without transforms its
+            gradient arrives in the default layout.
         b: [O] or None, of the same dtype.
         how: the geometry.
         second_order: whether gradients of gradients will be asked for; a matter of speed alone.
     """
     if transforms_active():  # vmap: the rule lays out what it has folded
         return _apply(x, w, b, (how, second_order))
-    return _quickest(_laid_out(x), _laid_out(w), b, how, second_order)
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    return channels_last(x) if x.is_cpu and not transforms_active() else x
+    if second_order:
+        return _apply(_laid_out(x), w, b, (how, True))
+    return _forward(_laid_out(x), _laid_out(with_default_gradient(w)), b, how)
 
 
 def _apply(*args: Any) -> Tensor:
@@ -69,11 +66,8 @@ def _apply(*args: Any) -> Tensor:
     return apply(*args)  # type: ignore[no-any-return]
 
 
-def _quickest(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry, second_order: bool) -> Tensor:
-    # Without further derivatives the Function's own bookkeeping would be in vain. Within vmap
-    # torch's convolution has none for what lies channels_last (2.13).
-    ours = second_order or transforms_active()
-    return _apply(x, w, b, (how, second_order)) if ours else _forward(x, w, b, how)
+def _laid_out(x: Tensor) -> Tensor:
+    return channels_last(x) if x.is_cpu and not transforms_active() else x
 
 
 def _forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
@@ -89,7 +83,7 @@ def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[b
             g, x, w, None, *how[:3], False, none, how.groups, (to_x, to_w, False)
         )
     # Beside the others it takes up to half of their time (torch 2.13), by itself a third of that.
-    return dx, dw, g.sum([0, 2, 3]) if to_b else None
+    return dx, None if dw is None else dw.contiguous(), g.sum([0, 2, 3]) if to_b else None
 
 
 class _Convolution(QuickFunction):
@@ -98,30 +92,39 @@ class _Convolution(QuickFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, how: Any) -> Tensor:
         ctx.how, _ = how
-        ctx.save_for_backward(x, w)
+        laid_out = _laid_out(w)  # once, where every derivative would do it anew
+        ctx.save_for_backward(x, w, laid_out)
         ctx.set_materialize_grads(False)
-        return _forward(x, w, b, ctx.how)
+        return _forward(x, laid_out, b, ctx.how)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
             return None, None, None, None
-        x, w = ctx.saved_tensors
-        ours = torch.is_grad_enabled() and takes_closed_forms(g)
-        function: Any = _ConvolutionBackward.apply if ours else _backward
-        return *function(g, x, w, ctx.how, ctx.needs_input_grad[:3]), None
+        x, w, laid_out = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if not takes_closed_forms(g):
+            return *_backward(g, x, w, ctx.how, wanted), None
+        if not torch.is_grad_enabled():
+            return *_backward(g, x, laid_out, ctx.how, wanted), None
+        apply: Any = _ConvolutionBackward.apply
+        return *apply(g, x, w, laid_out, ctx.how, wanted), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, b: Tensor | None, how: Any) -> Any:
         size, (geometry, second_order) = info.batch_size, how
+        place = 1
         if in_dims[1] is None and in_dims[2] is None:  # one weight for all: more images
-            many = _laid_out(x.movedim(in_dims[0], 0).flatten(0, 1))
-            y = _quickest(many, _laid_out(w), b, geometry, second_order)
-            return torch.unflatten(y, 0, (size, -1)), 0
-        many, weights, biases = all_folded((x, w, b), in_dims, size, (1, 0, 0))
-        geometry = geometry._replace(groups=geometry.groups * size)
-        y = _quickest(_laid_out(many), _laid_out(weights), biases, geometry, second_order)
-        return torch.unflatten(y, 1, (size, -1)), 1
+            many, weights, biases, place = x.movedim(in_dims[0], 0).flatten(0, 1), w, b, 0
+        else:
+            many, weights, biases = all_folded((x, w, b), in_dims, size, (1, 0, 0))
+            geometry = geometry._replace(groups=geometry.groups * size)
+        if second_order or transforms_active():
+            # Within vmap torch's own has no derivatives for what lies channels_last (2.13).
+            y = _apply(_laid_out(many), weights, biases, (geometry, second_order))
+        else:
+            y = _forward(_laid_out(many), _laid_out(weights), biases, geometry)
+        return torch.unflatten(y, place, (size, -1)), place
 
 
 class _ConvolutionBackward(QuickFunction):
@@ -129,17 +132,25 @@ class _ConvolutionBackward(QuickFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        w: Tensor,
+        laid_out: Tensor,
+        how: Geometry,
+        wanted: Sequence[bool],
     ) -> Any:
         ctx.how = how
-        ctx.save_for_backward(g, x, w)
+        ctx.save_for_backward(g, x, w, laid_out)
         ctx.set_materialize_grads(False)
-        return _backward(g, x, w, how, wanted)
+        return _backward(g, x, laid_out, how, wanted)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:
         # Made of torch's differentiable operations, so that it has further derivatives.
-        g, x, w = ctx.saved_tensors
+        g, x, w, laid_out = ctx.saved_tensors
+        if not torch.is_grad_enabled() and takes_closed_forms(u, v, s):
+            w = laid_out
         to_g, to_x, to_w = ctx.needs_input_grad[:3]
         parts = []
         if to_g and u is not None:
@@ -154,4 +165,4 @@ class _ConvolutionBackward(QuickFunction):
         if any(wanted):
             at = x if u is None else u, w if v is None else v  # what is None is not read
             along_x, along_w, _ = _backward(g, *at, ctx.how, wanted)
-        return along_g, along_x, along_w, None, None
+        return along_g, along_x, along_w, None, None, None

@@ -36,7 +36,7 @@ from mamlpp_ext.fast_kernels.quick_function import QuickFunction, all_folded
 from mamlpp_ext.torch_private import takes_closed_forms
 
 
-def norm_act_pool(
+def normalize_activate_pool(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, layers: Layers, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalises by the batch's own statistics, activates and pools.
@@ -56,14 +56,14 @@ def norm_act_pool(
     return apply(x, weight, bias, layers, running)  # type: ignore[no-any-return]
 
 
-def norm_act_pool_reference(
+def normalize_activate_pool_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, layers: Layers
 ) -> Tensor:
-    """What :func:`norm_act_pool` computes, composed of torch's differentiable operations."""
-    return act_pool(batch_normalize_reference(x, weight, bias, layers.eps)[0], layers)
+    """What :func:`normalize_activate_pool` computes, of torch's differentiable operations."""
+    return activate_pool(batch_normalize_reference(x, weight, bias, layers.eps)[0], layers)
 
 
-def act_pool(x: Tensor, layers: Layers) -> Tensor:
+def activate_pool(x: Tensor, layers: Layers) -> Tensor:
     """Returns ``x``, normalised, behind the activation and the pooling, by torch's own functions.
 
     Activations rise, so that they may follow the pooling, which leaves less for them.
@@ -86,10 +86,12 @@ class _NormActPool(QuickFunction):
         ctx.layers = layers
         output, p, *others = kept
         ctx.save_for_backward(x, weight, bias, output, None if p is x else p, *others)
+        if running is None:
+            count = x.numel() // x.shape[1]
+            var = var * (count / (count - 1))
         ctx.mark_non_differentiable(kept.mean, var)
         ctx.set_materialize_grads(False)
-        count = x.numel() // x.shape[1]
-        return kept.output, kept.mean, var * (count / (count - 1)) if running is None else var
+        return kept.output, kept.mean, var
 
     @staticmethod
     def backward(ctx: Any, arrived: Tensor | None, *_: Any) -> Any:
@@ -156,7 +158,7 @@ def _torchs_backward(
     """The gradients to x, weight and bias by torch's own operations, in any kind of derivative."""
     with torch.enable_grad():
         x, weight, bias = _views(x, weight, bias)
-        output = norm_act_pool_reference(x, weight, bias, layers)
+        output = normalize_activate_pool_reference(x, weight, bias, layers)
         return _gradients([output], [arrived], [x, weight, bias])
 
 

@@ -11,18 +11,19 @@ from mamlpp_ext.fast_kernels import (
     Geometry,
     Layers,
     Running,
-    act_pool,
-    convolution,
+    activate_pool,
+    convolve,
     in_default_layout,
-    norm_act_pool,
+    normalize_activate_pool,
     with_default_gradient,
 )
 from mamlpp_ext.norm.base import Measured
 from mamlpp_ext.torch_private import transforms_active
 
-# Values of a convolution's output from which on norm, activation and pooling are quicker as one
-# function in first order, too (two cores; benchmarks/README.md has the crossover).
-_LEAST_FIRST_ORDER = 400_000
+# Values of a convolution's output from which on a run is quicker than torch's own layers, in each
+# order of derivatives, and in first order as one function (two cores; benchmarks/README.md has the
+# crossover).
+_LEAST_FIRST_ORDER, _LEAST_SECOND_ORDER, _LEAST_AS_ONE = 15_000, 40_000, 400_000
 
 
 class Features(NamedTuple):
@@ -70,28 +71,30 @@ class Run(NamedTuple):
             return None
         how = Geometry(self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
         if x.is_cuda:  # what follows is torch's there
-            y = convolution(x, weight, bias, how, True) if transforms_active() else None
+            y = convolve(x, weight, bias, how, True) if transforms_active() else None
             return None if y is None else (Features(y), 1)
         shape = how.shape_of_output(x, weight)
         if min(shape) < 1:  # torch says what is wrong
             return None
+        second_order = not self.norm.inner_step.first_order
+        least = _LEAST_SECOND_ORDER if second_order else _LEAST_FIRST_ORDER
+        if shape.numel() < least and not transforms_active():
+            return None
         row = self.norm.current_row(shape)
         if not row.by_batch or not _are_alike(x, row.weight, row.bias):
             return None
-        if not transforms_active():  # within, nobody can hold a gradient
-            weight = with_default_gradient(weight)
-            x = x if features.laid_out else with_default_gradient(x)
-        second_order = not self.norm.inner_step.first_order
+        if not (features.laid_out or transforms_active()):  # within, nobody can hold a gradient
+            x = with_default_gradient(x)
 
         def measured(running: Running | None) -> Measured:
-            y = convolution(x, weight, bias, how, second_order)
-            return norm_act_pool(y, row.weight, row.bias, self.layers, running)
+            y = convolve(x, weight, bias, how, second_order)
+            return normalize_activate_pool(y, row.weight, row.bias, self.layers, running)
 
-        if second_order or transforms_active() or shape.numel() >= _LEAST_FIRST_ORDER:
+        if second_order or transforms_active() or shape.numel() >= _LEAST_AS_ONE:
             y = self.norm.by_statistics_of(row, x.dtype, measured)
         else:
-            y = self.norm.normalized(convolution(x, weight, bias, how, second_order), row)
-            y = act_pool(y, self.layers)
+            y = self.norm.normalized(convolve(x, weight, bias, how, second_order), row)
+            y = activate_pool(y, self.layers)
         pooled = self.layers.pooling is not None
         return Features(y, laid_out=True, pooled=pooled), self.length
 

@@ -69,10 +69,7 @@ class TaskLoop:
             loss, logits = (t.unsqueeze(0) for t in outputs[:2]) if single else outputs[:2]
             losses.append(loss)
         if memory is not None:  # or they hold the graph of rebuilt steps, and all of the memory
-            statistics = [
-                (place, mean.detach().clone(), var.detach().clone())
-                for place, mean, var in statistics
-            ]
+            statistics = [(at, m.detach().clone(), v.detach().clone()) for at, m, v in statistics]
             memory.blocks.clear()  # from now on each lives as long as what it holds
         nothing = torch.full_like(loss, math.nan)
         found = [nothing if loss is None else loss for loss in losses]

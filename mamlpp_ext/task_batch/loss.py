@@ -117,14 +117,9 @@ def task_batch_loss(
     settings = Settings(
         loss_fn, num_steps, aggregate, second_order, rematerialize, all_step_losses
     ).checked()
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "the inner loop needs gradients, which torch.inference_mode() rules out; evaluate "
-            "under torch.no_grad() instead"
-        )
     tasks = check_batch(batch)
     size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
-    _check_layers(model)
+    _check_model(model)
     settings = settings._replace(chunked=size < tasks)
     loop = TaskLoop(AdaptedModel(model, lslr, settings.num_steps), settings, batch)
     done: list[tuple[Tensor, Tensor, BatchStatistics]] = []
@@ -156,7 +151,13 @@ def _commit(chunks: tuple[BatchStatistics, ...]) -> None:
             layer.absorb(row, means.flatten(0, 1), variances.flatten(0, 1))  # type: ignore[operator]
 
 
-def _check_layers(model: nn.Module) -> None:
+def _check_model(model: nn.Module) -> None:
+    """Says what of the model or of its surroundings rules an inner loop out."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "the inner loop needs gradients, which torch.inference_mode() rules out; evaluate "
+            "under torch.no_grad() instead"
+        )
     for name, layer in model.named_modules():
         if isinstance(layer, _NormBase) and layer.running_mean is not None:
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import vmap
 
-from mamlpp_ext.fast_kernels import Geometry, convolution
+from mamlpp_ext.fast_kernels import Geometry, convolve
 
 # What torch itself warns of when forward mode is first used.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -28,7 +28,7 @@ def torchs(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
 
 
 def ours(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
-    return convolution(x, w, b, how, second_order=True)
+    return convolve(x, w, b, how, second_order=True)
 
 
 @st.composite
@@ -64,7 +64,7 @@ def test_values_shape_and_three_derivatives(case, biased, second_order) -> None:
     def call(function):
         return lambda x, w, b=None: function(x, w, b, how)
 
-    found = call(lambda *t: convolution(*t, second_order))(*inputs)
+    found = call(lambda *t: convolve(*t, second_order))(*inputs)
     assert how.shape_of_output(*inputs[:2]) == found.shape
     torch.testing.assert_close(found, call(torchs)(*inputs), rtol=1e-12, atol=1e-12)
     expected = three_derivatives(call(torchs), inputs)
@@ -116,7 +116,7 @@ def test_vmap(mapped, second_order) -> None:
     def call(function):
         return vmap(lambda x, w, b: function(x, w, b, PLAIN), dims)
 
-    mine = call(lambda *t: convolution(*t, second_order))
+    mine = call(lambda *t: convolve(*t, second_order))
     found = mine(x, w, b)
     torch.testing.assert_close(found, call(torchs)(x, w, b))
     expected = three_derivatives(call(torchs), [x, w, b])
@@ -163,14 +163,14 @@ def test_forward_mode_through_a_graph_built_before() -> None:
 
 def test_first_order_leaves_graphs_to_torch() -> None:
     x, w = (t.requires_grad_() for t in tensors((1, 1, 4, 4), (2, 1, 3, 3)))
-    y = convolution(x, w, None, PLAIN, second_order=False)
+    y = convolve(x, w, None, PLAIN, second_order=False)
     assert type(y.grad_fn).__name__ == "ConvolutionBackward0"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_come_back_channels_last(channels) -> None:
     x, w = torch.randn(2, channels, 6, 6), torch.randn(4, channels, 3, 3)
-    y = convolution(x, w, None, PLAIN, second_order=True)
+    y = convolve(x, w, None, PLAIN, second_order=True)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert not y.is_contiguous()
 
@@ -183,5 +183,5 @@ def test_errors_are_torchs(call, second_order) -> None:
     with pytest.raises(RuntimeError) as expected:
         torchs(x, w, None, how)
     with pytest.raises(RuntimeError) as found:
-        convolution(x, w, None, how, second_order)
+        convolve(x, w, None, how, second_order)
     assert str(found.value).split(".")[0] == str(expected.value).split(".")[0]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import vmap
 
-from mamlpp_ext.fast_kernels import Layers, Running, norm_act_pool
-from mamlpp_ext.fast_kernels.norm_act_pool import act_pool, norm_act_pool_reference
+from mamlpp_ext.fast_kernels import Layers, Running, normalize_activate_pool
+from mamlpp_ext.fast_kernels.norm_act_pool import activate_pool, normalize_activate_pool_reference
 
 # What torch itself warns of when forward mode is first used.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -57,11 +57,11 @@ def laid(x: Tensor) -> Tensor:
 
 
 def ours(layers: Layers):
-    return lambda x, weight, bias: norm_act_pool(laid(x), weight, bias, layers, None)[0]
+    return lambda x, weight, bias: normalize_activate_pool(laid(x), weight, bias, layers, None)[0]
 
 
 def torchs(layers: Layers):
-    return lambda x, weight, bias: norm_act_pool_reference(x, weight, bias, layers)
+    return lambda x, weight, bias: normalize_activate_pool_reference(x, weight, bias, layers)
 
 
 def three_derivatives(function, inputs: list[Any]) -> list[Tensor]:
@@ -81,10 +81,12 @@ def three_derivatives(function, inputs: list[Any]) -> list[Tensor]:
 @given(cases())
 def test_values_statistics_and_derivatives(case) -> None:
     inputs, layers = case
-    y, mean, var = norm_act_pool(laid(inputs[0]), *inputs[1:], layers, None)
+    x = laid(inputs[0]).requires_grad_()
+    y, mean, var = normalize_activate_pool(x, *inputs[1:], layers, None)
     torch.testing.assert_close(y, torchs(layers)(*inputs), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(mean, inputs[0].mean((0, 2, 3)))
     torch.testing.assert_close(var, inputs[0].var((0, 2, 3)))
+    assert not (mean.requires_grad or var.requires_grad)
     expected = three_derivatives(torchs(layers), inputs)
     for a, b in zip(three_derivatives(ours(layers), inputs), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * (1 + float(b.detach().abs().max())))
@@ -150,8 +152,8 @@ def test_running_statistics(momentum) -> None:
     x = torch.randn(3, 2, 5, 5)
     norm = torch.nn.BatchNorm2d(2, momentum=momentum)
     running = Running(torch.zeros(2), torch.ones(2), momentum)
-    found = norm_act_pool(laid(x), None, None, PLAIN, running)[0]
-    torch.testing.assert_close(found, act_pool(norm(x), PLAIN))
+    found = normalize_activate_pool(laid(x), None, None, PLAIN, running)[0]
+    torch.testing.assert_close(found, activate_pool(norm(x), PLAIN))
     torch.testing.assert_close(running.mean, norm.running_mean)
     torch.testing.assert_close(running.var, norm.running_var)
 
@@ -180,7 +182,7 @@ def test_vmap(mapped) -> None:
     x, weight = x.movedim(0, mapped[0]), weight.movedim(0, mapped[1] or 0)
     dims = (*mapped, None if mapped[1] is None else 0)
     expected = three_derivatives(vmap(torchs(PLAIN), dims), [x, weight, bias])
-    mine = vmap(lambda *t: norm_act_pool(*t, PLAIN, None)[0], dims)
+    mine = vmap(lambda *t: normalize_activate_pool(*t, PLAIN, None)[0], dims)
     for a, e in zip(three_derivatives(mine, [x, weight, bias]), expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-8 * (1 + float(e.detach().abs().max())))
 
@@ -246,6 +248,6 @@ def test_pooling_may_come_first(pooling, slope) -> None:
 
     layers = Layers(0.0, slope, pooling)
     for a, b in zip(
-        gradients(lambda t: act_pool(t, layers)), gradients(in_torchs_order), strict=True
+        gradients(lambda t: activate_pool(t, layers)), gradients(in_torchs_order), strict=True
     ):
         assert torch.equal(a, b)

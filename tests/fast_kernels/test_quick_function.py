@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from mamlpp_ext import torch_private
 from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
 from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference
 
