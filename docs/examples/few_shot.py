@@ -136,7 +136,7 @@ class TaskSampler:
         characters, drawings = self.images.shape[:2]
         classes = self._choose(self.tasks, characters * TURNS, chosen=self.ways)
         shown = self._choose(self.tasks, self.ways, drawings, chosen=self.shots + self.targets)
-        x = self.images[(classes // TURNS).unsqueeze(-1), shown].float() / 255
+        x = self.images[(classes // TURNS).unsqueeze(-1), shown].to(torch.get_default_dtype()) / 255
         for turn in range(1, TURNS):
             turned = classes % TURNS == turn
             x[turned] = torch.rot90(x[turned], turn, (-2, -1))
