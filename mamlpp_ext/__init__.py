@@ -8,11 +8,10 @@ learned per-layer per-step inner rates, and cosine annealing of the meta rate (t
 
 import torch
 
-if not (2, 6) <= tuple(int(part) for part in torch.__version__.split(".")[:2]) < (3, 0):
-    raise ImportError(  # before the imports below, which an older torch fails without a reason
-        f"mamlpp_ext needs torch from 2.6 up to, not including, 3.0, found {torch.__version__}; "
-        "pip install 'torch>=2.6,<3'"
-    )
+from mamlpp_ext.checks import check_version
+
+# Before the imports below, which an older torch fails without a reason.
+check_version("mamlpp_ext", "torch", torch.__version__)
 
 from mamlpp_ext.check_setup import check_setup
 from mamlpp_ext.lslr import LSLR
@@ -33,7 +32,7 @@ from mamlpp_ext.schedules import (
 from mamlpp_ext.steps import at_step, inner_steps
 from mamlpp_ext.task_batch import TaskBatchLoss, TaskBatchResult, task_batch_loss
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
 
 __all__ = [
     "LSLR",

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mamlpp_ext.check_setup import check_setup
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.norm import convert_batchnorm
 from mamlpp_ext.steps import inner_steps, per_step_layers
+from mamlpp_ext.torch_private import is_batch_norm
 
 _OF_THE_LOOP = ("(MSL)", "(DA)", "(CA)")  # findings that say nothing of a model
 
@@ -87,7 +87,7 @@ def describe(
 ) -> Iterator[str]:
     """Yields the lines of the report: converted layers, rates, parameters, findings."""
     net = model
-    if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
+    if any(is_batch_norm(layer) for layer in model.modules()):
         net = convert_batchnorm(model, steps)
     for name, layer in per_step_layers(net).items():
         yield f"per-step: '{name}', {layer.num_features} features, {layer.num_steps} rows"

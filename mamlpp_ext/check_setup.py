@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from mamlpp_ext.checks import listing
 from mamlpp_ext.lslr import LSLR, checked_lslr
 from mamlpp_ext.schedules import DerivativeOrderAnnealing, FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import per_step_layers
+from mamlpp_ext.torch_private import is_batch_norm
 
 _FIX_OPTIMIZER = "build it from [*module.parameters(), *lslr.parameters()] after the conversion"
 
@@ -88,7 +88,7 @@ def _check_kinds(lslr: Any, multi_step_loss: Any, derivative_order: Any) -> None
 
 def _about_norm(module: nn.Module, lslr: LSLR | None) -> list[str]:
     layers = per_step_layers(module)
-    plain = [name for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+    plain = [name for name, layer in module.named_modules() if is_batch_norm(layer)]
     findings = []
     per_step = {name: layer for name, layer in layers.items() if layer.num_steps != 1}
     for short, what, attribute in (

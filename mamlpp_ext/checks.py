@@ -3,11 +3,52 @@
 from __future__ import annotations
 
 import operator
+import re
+import warnings
+from importlib import metadata
 from typing import Any, Literal
 
 from torch import Tensor
 
 ExtraSteps = Literal["error", "last"]
+# The oldest that works and the newest that the tests have run with.
+TESTED = {
+    "torch": ((2, 6), (2, 15)),
+    "higher": ((0, 2, 1), (0, 2, 1)),
+    "torchopt": ((0, 7, 3), (0, 7, 3)),
+}
+
+
+def check_version(owner: str, package: str, version: str | None = None) -> None:
+    """Refuses a package that is too old, and warns of one that is newer than the tested ones.
+
+    Args:
+        owner: the module that needs it, called as that is imported.
+        package: its name, one of those in ``TESTED``.
+        version: its version, None to look it up; without a number it counts as new.
+    """
+    if version is None:
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            version = "a copy without metadata"
+    oldest, newest = TESTED[package]
+    number = re.match(r"\d+(?:\.\d+)*", version)
+    found = tuple(map(int, number[0].split("."))) if number else (*newest, 0)
+    least, most = (".".join(map(str, tested)) for tested in (oldest, newest))
+    if found < oldest:
+        raise ImportError(
+            f"{owner} needs {package} from {least} on, found {version}; "
+            f"pip install '{package}>={least}'"
+        )
+    if number is None or found[: len(newest)] > newest:
+        tested = least if least == most else f"{least} to {most}"
+        warnings.warn(
+            f"{owner} was tested with {package} {tested}, found {version}, which may have changed "
+            f"what it relies on; pip install '{package}=={most}.*', or look for a newer "
+            "mamlpp_ext. warnings.filterwarnings('ignore', 'mamlpp_ext') goes on without warning",
+            stacklevel=3,
+        )
 
 
 def checked_count(name: str, value: Any, least: int = 1) -> int:

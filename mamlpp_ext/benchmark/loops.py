@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mamlpp_ext.benchmark.per_task import Learner, task_loop
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.norm import convert_batchnorm
 from mamlpp_ext.task_batch import Batch, TaskBatchLoss
+from mamlpp_ext.torch_private import is_batch_norm
 
 GRAPH = "CUDA graph"
 # What the meta-batch as a whole is computed by, and with which settings.
@@ -55,7 +55,7 @@ def make_learner(
         chunk_size: for ``task_batch_loss``.
     """
     net, plain = copy.deepcopy(model), learner == "MAML"
-    normed = any(isinstance(layer, _BatchNorm) for layer in net.modules())
+    normed = any(is_batch_norm(layer) for layer in net.modules())
     if normed and not plain:
         net = convert_batchnorm(net, steps)
     elif normed and loop in BATCHED:  # nn.BatchNorm's meaning, in a layer that vmap can take

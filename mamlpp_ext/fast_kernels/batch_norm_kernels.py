@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mamlpp_ext.fast_kernels.normalization import others, wide
 
-_backward = torch.ops.aten.native_batch_norm_backward.default
+# None: has_operators() is False, and nobody calls it.
+_backward: Any = getattr(torch.ops.aten, "native_batch_norm_backward", None)
+_backward = getattr(_backward, "default", None)
 # Output, mean, 1 / sqrt(var + eps), unbiased var.
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 # Elements from which on several fast passes beat torch's single slow one with one thread: in a
@@ -54,7 +56,9 @@ def sums_and_backward(
     every = [True, True, True]
     if weight is None and (mean.dtype != x.dtype or not x.is_cpu):
         weight = torch.ones_like(mean)  # tells the kernel the dtype of statistics, or is needed
-    return _backward(g, x, weight, None, None, mean, rstd, True, eps, every)  # type: ignore[no-any-return]
+    found: tuple[Tensor, Tensor, Tensor]
+    found = _backward(g, x, weight, None, None, mean, rstd, True, eps, every)
+    return found
 
 
 def slow_in_torch(x: Tensor, elements: int) -> bool:

@@ -23,7 +23,8 @@ class QuickFunction(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         """Calls it; within a torch.func transform other than vmap in torch's own way."""
         if not torch_private.transforms_active():
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+            apply = torch_private.quick_apply(cls) or super().apply
+            return apply(*args)
         interpreter = torch_private.innermost_vmap()
         if interpreter is not None:
             return _by_its_rule(cls, interpreter, args)

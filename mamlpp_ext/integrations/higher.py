@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.checks import checked_loss, checked_order
+from mamlpp_ext.checks import check_version, checked_loss, checked_order
 from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.integrations.lslr_optimizer import LSLROptimizer
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.norm import FusedSequential
 from mamlpp_ext.steps import step_counters, steps_restored, with_order
+from mamlpp_ext.torch_private import held
 
 try:
     import higher
@@ -30,6 +31,8 @@ except ImportError as error:
         "mamlpp_ext.integrations.higher needs the package higher, which is not installed; "
         "pip install 'mamlpp_ext[higher]'"
     ) from error
+
+check_version(__name__, "higher")
 
 __all__ = ["DifferentiableLSLR", "LSLROptimizer", "innerloop_ctx"]
 
@@ -226,12 +229,12 @@ def _paired_buffers(net: nn.Module, fnet: nn.Module) -> list[tuple[Tensor, nn.Mo
     pairs: dict[int, tuple[Tensor, nn.Module, str]] = {}
     for path, module in net.named_modules(remove_duplicate=False):
         patched = fnet.get_submodule(path)
-        for key, buffer in module._buffers.items():
+        for key, buffer in held(module, "buffers").items():
             if buffer is None:
                 continue
             if id(buffer) in pairs:  # higher patches a shared module once for each of its places
                 _, twin, twin_key = pairs[id(buffer)]
-                patched._buffers[key] = twin._buffers[twin_key]
+                held(patched, "buffers")[key] = held(twin, "buffers")[twin_key]
             else:
                 pairs[id(buffer)] = (buffer, patched, key)
     return list(pairs.values())
@@ -240,4 +243,4 @@ def _paired_buffers(net: nn.Module, fnet: nn.Module) -> list[tuple[Tensor, nn.Mo
 @torch.no_grad()
 def _write_back(pairs: list[tuple[Tensor, nn.Module, str]]) -> None:
     for buffer, patched, key in pairs:
-        buffer.copy_(patched._buffers[key])  # type: ignore[arg-type]
+        buffer.copy_(held(patched, "buffers")[key])

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.checks import checked_loss, checked_order
+from mamlpp_ext.checks import check_version, checked_loss, checked_order
 from mamlpp_ext.integrations.buffers import buffers_kept_on_error
 from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.lslr import LSLR, checked_lslr
 from mamlpp_ext.steps import step_counters, steps_restored, with_order
+from mamlpp_ext.torch_private import held
 
 try:
     import torchopt
@@ -30,6 +31,8 @@ except ImportError as error:
         "mamlpp_ext.integrations.torchopt needs the package torchopt, which is not installed; "
         "pip install 'mamlpp_ext[torchopt]'"
     ) from error
+
+check_version(__name__, "torchopt")
 
 __all__ = ["LSLRState", "MetaLSLR", "innerloop_ctx", "lslr_transform"]
 
@@ -160,13 +163,12 @@ class MetaLSLR(torchopt.MetaOptimizer):
         self.lslr, self.second_order = lslr, second_order
         names = {id(p): name for name, p in parameters.items()}
         # A parameter tied to several places is adapted in all of them.
-        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {
-            name: [] for name in parameters
-        }
+        self._places: dict[str, list[tuple[dict[str, Any], str]]]
+        self._places = {name: [] for name in parameters}
         for module in net.modules():
-            for key, p in module._parameters.items():
+            for key, p in (own := held(module, "parameters")).items():
                 if id(p) in names:
-                    self._places[names[id(p)]].append((module._parameters, key))
+                    self._places[names[id(p)]].append((own, key))
 
     def step(self, loss: Tensor) -> None:
         """Updates the model's adapted weights by one inner step.

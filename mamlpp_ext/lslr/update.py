@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mamlpp_ext.fast_kernels import QuickFunction, save
-from mamlpp_ext.torch_private import transforms_active
+from mamlpp_ext.torch_private import subtract_products, transforms_active
 
 
 def descend(params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor) -> tuple[Tensor, ...]:
@@ -48,7 +48,7 @@ class _Descend(QuickFunction):
     def forward(rates: Tensor, *tensors: Tensor) -> Any:
         count = len(rates)
         params, grads = tensors[:count], tensors[count:]
-        return _alike(torch._foreach_addcmul(params, grads, rates.unbind(), value=-1), params)
+        return _alike(subtract_products(params, grads, rates.unbind()), params)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

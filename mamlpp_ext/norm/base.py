@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function
 
 from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, select_row
 from mamlpp_ext.fast_kernels import (
@@ -21,7 +21,7 @@ from mamlpp_ext.fast_kernels import (
 )
 from mamlpp_ext.norm.running_statistics import RunningStatistics
 from mamlpp_ext.steps import InnerStep
-from mamlpp_ext.torch_private import transforms_active
+from mamlpp_ext.torch_private import has_operators, held, transforms_active
 
 # An output, and the batch mean and unbiased variance that were measured, each [C].
 Measured = tuple[Tensor, Tensor, Tensor]
@@ -115,7 +115,7 @@ class PerStepBatchNorm(RunningStatistics):
             ValueError: for another rank or number of channels, a single value per channel where
                 batch statistics are needed, or an inner step beyond the rows.
         """
-        if has_torch_function_unary(input):
+        if has_torch_function((input,)):
             # One function to subclasses and modes, as torch's own are, not each call that it makes.
             return handle_torch_function(self._normalize, (input,), input)
         return self._normalize(input)
@@ -194,9 +194,10 @@ class PerStepBatchNorm(RunningStatistics):
         dtype = statistics_dtype(input, row.weight)
 
         def compute(running: Running | None) -> Measured:
-            traced = torch.compiler.is_compiling()  # by torch, which fuses plain operations itself
-            if traced or transforms_active():
-                function = batch_normalize_reference if traced else batch_normalize
+            # Traced by torch, which fuses plain operations itself.
+            composed = torch.compiler.is_compiling() or not has_operators()
+            if composed or transforms_active():
+                function = batch_normalize_reference if composed else batch_normalize
                 return function(input, row.weight, row.bias, self.eps)
             into = running or Running.of_batch(input, dtype)
             first_order = self.inner_step.first_order
@@ -222,7 +223,7 @@ class PerStepBatchNorm(RunningStatistics):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Spreads the tensors of a plain BatchNorm's checkpoint over the rows, then loads."""
-        tables = {**self._parameters, **self._buffers}
+        tables = {**held(self, "parameters"), **held(self, "buffers")}
         for name, table in tables.items():
             value = state_dict.get(prefix + name)
             if table is not None and value is not None and value.dim() == table.dim() - 1:

@@ -6,10 +6,10 @@ import copy
 import itertools
 import logging
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps
@@ -22,6 +22,7 @@ from mamlpp_ext.norm.batch_norm import (
 from mamlpp_ext.norm.frozen import FrozenBatchNorm
 from mamlpp_ext.norm.fused_sequential import FusedSequential
 from mamlpp_ext.steps import InnerStep, per_step_layers
+from mamlpp_ext.torch_private import held, is_batch_norm, is_hooked
 
 _LOGGER = logging.getLogger(__name__)
 _REPLACEMENTS: dict[type[nn.Module], type[PerStepBatchNorm]] = {
@@ -29,7 +30,6 @@ _REPLACEMENTS: dict[type[nn.Module], type[PerStepBatchNorm]] = {
     nn.BatchNorm2d: PerStepBatchNorm2d,
     nn.BatchNorm3d: PerStepBatchNorm3d,
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def convert_batchnorm(
@@ -81,14 +81,15 @@ def convert_batchnorm(
     inner_step = InnerStep()
     replaced: dict[int, PerStepBatchNorm] = {}
     for name, layer in list(converted.named_modules()):
-        if isinstance(layer, _BatchNorm):
+        if is_batch_norm(layer):
             replaced[id(layer)] = _per_step(layer, num_steps, extra_steps)
             replaced[id(layer)].inner_step = inner_step
             _LOGGER.info("%s -> %s", name or "(root)", replaced[id(layer)])
     for parent in list(converted.modules()):
-        for name, child in parent._modules.items():  # a shared child stands here several times
+        children = held(parent, "modules")
+        for name, child in children.items():  # a shared child stands here several times
             if id(child) in replaced:
-                parent._modules[name] = replaced[id(child)]
+                children[name] = replaced[id(child)]
     _fuse(converted)
     return replaced.get(id(converted), converted)
 
@@ -108,18 +109,19 @@ def _fuse(module: nn.Module) -> None:
 
 
 def _check_convertible(module: nn.Module) -> None:
-    holders = Counter(id(p) for layer in module.modules() for p in layer._parameters.values())
+    every = (held(layer, "parameters").values() for layer in module.modules())
+    holders = Counter(id(p) for params in every for p in params)
     for name, layer in module.named_modules():
         where = f"'{name or '(root)'}' ({type(layer).__name__})"
-        held = [p for p in layer._parameters.values() if p is not None]
-        if not all(isinstance(p, nn.Parameter) for p in held):
+        params = [p for p in held(layer, "parameters").values() if p is not None]
+        if not all(isinstance(p, nn.Parameter) for p in params):
             raise ValueError(
                 f"{where} holds adapted weights instead of parameters, so the model is inside an "
                 "inner loop or patched already; convert the original model before the loop"
             )
-        if isinstance(layer, _BatchNorm):
-            _check_layer(layer, where, tied=any(holders[id(p)] > 1 for p in held))
-    if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+        if is_batch_norm(layer):
+            _check_layer(layer, where, tied=any(holders[id(p)] > 1 for p in params))
+    if not any(is_batch_norm(layer) for layer in module.modules()):
         done = per_step_layers(module)
         found = "only per-step layers: it is converted already" if done else "none"
         raise ValueError(
@@ -128,7 +130,7 @@ def _check_convertible(module: nn.Module) -> None:
         )
 
 
-def _check_layer(layer: _BatchNorm, where: str, tied: bool) -> None:
+def _check_layer(layer: Any, where: str, tied: bool) -> None:
     if isinstance(layer, LazyModuleMixin):
         raise ValueError(
             f"{where} is lazy and has no channels yet; run the model once on a batch of the "
@@ -154,15 +156,16 @@ def _check_layer(layer: _BatchNorm, where: str, tied: bool) -> None:
             f"{where} shares its weight or bias with another layer, and the rows of two "
             "layers cannot be tied; give it parameters of its own first"
         )
-    if any(getattr(layer, hooks) for hooks in _HOOKS):
+    if is_hooked(layer):
         raise ValueError(
             f"{where} has hooks, which would be lost; remove them and register them on the "
             "converted layer"
         )
 
 
-def _per_step(layer: _BatchNorm, num_steps: int, extra_steps: ExtraSteps) -> PerStepBatchNorm:
-    state = {**layer._parameters, **layer._buffers}
+def _per_step(layer: Any, num_steps: int, extra_steps: ExtraSteps) -> PerStepBatchNorm:
+    buffers = held(layer, "buffers")
+    state = {**held(layer, "parameters"), **buffers}
     like = next((t for t in state.values() if t is not None), torch.empty(0))
     new = _REPLACEMENTS[type(layer)](
         layer.num_features,
@@ -177,9 +180,9 @@ def _per_step(layer: _BatchNorm, num_steps: int, extra_steps: ExtraSteps) -> Per
     )
     if layer.bias is None:  # torch's bias=False
         new.register_parameter("bias", None)
-    for name, buffer in layer._buffers.items():
+    for name, buffer in buffers.items():
         if buffer is not None:  # statistics in float32 beside weights in half precision stay so
-            new._buffers[name] = new._buffers[name].to(buffer.dtype)  # type: ignore[union-attr]
+            setattr(new, name, getattr(new, name).to(buffer.dtype))
     new.load_state_dict(layer.state_dict())  # spreads each [C] tensor over the rows
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(getattr(layer, name).requires_grad)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mamlpp_ext.steps import Freeze, step_counters
+from mamlpp_ext.torch_private import is_batch_norm
 
 
-class FrozenBatchNorm(_BatchNorm):
+class FrozenBatchNorm(nn.Module):
     """What a plain BatchNorm is inside :func:`frozen_statistics`.
 
     A class, not flags on the layer: it stays frozen when the model changes between train and eval,
@@ -20,16 +20,18 @@ class FrozenBatchNorm(_BatchNorm):
     """
 
     freeze: Freeze
-    kind: type[_BatchNorm]
+    kind: type[nn.Module]  # its base, too, and what calls go to
+    track_running_stats: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises by the batch and keeps no statistics, as long as the context is open."""
+        forward: Callable[[Tensor], Tensor] = super().forward
         if not self.freeze.open:
-            return super().forward(input)
+            return forward(input)
         before = self.training, self.track_running_stats
         self.training, self.track_running_stats = True, False
         try:
-            return super().forward(input)
+            return forward(input)
         finally:
             self.training, self.track_running_stats = before
 
@@ -64,10 +66,10 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
         paper does not speak of.
     """
     counters, freeze = step_counters(module), Freeze()
-    plain: list[tuple[_BatchNorm, type[_BatchNorm]]] = []
+    plain: list[tuple[nn.Module, type[nn.Module]]] = []
     for layer in module.modules():
         if not isinstance(layer, FrozenBatchNorm):
-            plain += [(layer, type(layer))] if isinstance(layer, _BatchNorm) else []
+            plain += [(layer, type(layer))] if is_batch_norm(layer) else []
         elif not layer.freeze.open:  # a copy that outlived its context
             plain.append((layer, layer.kind))
     try:

@@ -14,6 +14,7 @@ from mamlpp_ext.norm.run import Features, Run
 from mamlpp_ext.torch_private import (
     forward_mode_active,
     global_hooks,
+    has_operators,
     is_called_plainly,
     modes_active,
     only_vmap_active,
@@ -76,7 +77,7 @@ class FusedSequential(nn.Sequential):
         return self._through(Features(input)).shown()
 
     def _through(self, features: Features) -> Features:
-        layers: list[Any] = list(self._modules.values())
+        layers: list[Any] = list(self)
         place = 0
         while place < len(layers):
             layer, run = layers[place], self._run_at(layers[place : place + 4])
@@ -136,6 +137,7 @@ def _is_unwatched(x: Any) -> bool:
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or modes_active()
         or global_hooks()
+        or not has_operators()
         or forward_mode_active()
         or torch.is_autocast_enabled(x.device.type)
         or not only_vmap_active()
