@@ -17,7 +17,7 @@ import torch
 import mamlpp_ext as mpp
 from error_tables import Net, Pair, Row, Table, checked, done_to, every_table, per_step
 from mamlpp_ext import __main__ as command
-from mamlpp_ext import torch_private
+from mamlpp_ext.torch_private import transforms
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -44,7 +44,7 @@ def forward_mode_without_its_part(net: Net) -> None:
     x, lacking = torch.randn(4, 3), SimpleNamespace(_current_level=0)
     with warnings.catch_warnings(), mpp.frozen_statistics(net):
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its first jvp
-        with mock.patch.object(torch_private, "forward_ad", lacking):
+        with mock.patch.object(transforms, "forward_ad", lacking):
             torch.func.jvp(net, (x,), (x,))
 
 

@@ -54,6 +54,11 @@ def _check_number(name: str, value: Any, low: float, high: float, also: str = ""
         )
 
 
+def _is_composed() -> bool:
+    """Returns whether torch traces it, and fuses plain operations itself, or lacks closed forms."""
+    return torch.compiler.is_compiling() or not has_operators()
+
+
 class PerStepBatchNorm(RunningStatistics):
     """Batch norm with a row for every inner step; subclasses say which ranks and shape it takes."""
 
@@ -180,7 +185,7 @@ class PerStepBatchNorm(RunningStatistics):
             compute: normalises by the batch. It is called with what takes its statistics in at
                 once, or None, and returns the output, the mean and the unbiased variance, each [C].
         """
-        written = row.records and not (transforms_active() or torch.compiler.is_compiling())
+        written = row.records and not (transforms_active() or _is_composed())
         running = self._running(row.place, dtype) if written else None
         output, mean, var = compute(running)
         if running is not None:
@@ -194,8 +199,7 @@ class PerStepBatchNorm(RunningStatistics):
         dtype = statistics_dtype(input, row.weight)
 
         def compute(running: Running | None) -> Measured:
-            # Traced by torch, which fuses plain operations itself.
-            composed = torch.compiler.is_compiling() or not has_operators()
+            composed = _is_composed()
             if composed or transforms_active():
                 function = batch_normalize_reference if composed else batch_normalize
                 return function(input, row.weight, row.bias, self.eps)

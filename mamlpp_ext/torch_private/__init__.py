@@ -1,0 +1,80 @@
+"""Every part of torch's own that is not public and that this package asks for.
+
+Where one is missing, in a torch older or newer than the tested ones, the answer is the careful one:
+results stay right, and what is only quicker is left out (``tests/test_torch_private.py`` takes each
+away in turn). What each function says when its part is missing is in its docstring.
+
+- ``transforms``: ``torch._C._are_functorch_transforms_active``, ``_functorch`` (``_add_batch_dim``,
+  ``_unwrap_batched``, ``is_legacy_batchedtensor``), the interpreters of ``torch._functorch``,
+  ``VmapInfo``, ``DisableTorchFunction``: closed forms and fused layers are left out.
+  ``forward_ad._current_level``: likewise; ``_set_fwd_grad_enabled``: forward mode is refused. The
+  ``apply`` beneath ``autograd.Function``'s: that one.
+- ``watchers``: ``_current_graph_task_id``: the stack is read. ``_len_torch_function_stack``,
+  ``_len_torch_dispatch_stack``, ``_has_any_global_hook``, the hooks of a module,
+  ``_compiled_call_impl``: layers are called one by one.
+- ``modules``: ``_BatchNorm``, ``_NormBase``: the layers with a public name. ``_parameters``,
+  ``_buffers``, ``_modules``: refused.
+- ``operators``: ``_foreach_addcmul``: one after the other. Operators that no documentation names:
+  closed forms are left out. The names of graph nodes: torch's own message comes, later.
+  ``_cuda_clearCublasWorkspaces``: CUDA graphs may share a workspace.
+- ``trees``: ``torch.utils._pytree``: tuples, lists and dicts alone are taken apart.
+
+Elsewhere in the package no private name of torch stands but ``_load_from_state_dict``, which
+torch's own layers override as ours do.
+"""
+
+from mamlpp_ext.torch_private.modules import held, is_batch_norm, keeps_statistics
+from mamlpp_ext.torch_private.operators import (
+    forget_workspaces,
+    has_operators,
+    missing_derivatives,
+    subtract_products,
+)
+from mamlpp_ext.torch_private.transforms import (
+    forward_mode_active,
+    forward_mode_enabled,
+    innermost_vmap,
+    modes_hidden,
+    only_vmap_active,
+    quick_apply,
+    takes_closed_forms,
+    transforms_active,
+    unwrapped,
+    vmap_info,
+    wrapped,
+)
+from mamlpp_ext.torch_private.trees import flatten_tree
+from mamlpp_ext.torch_private.watchers import (
+    global_hooks,
+    in_backward,
+    is_called_plainly,
+    is_hooked,
+    modes_active,
+)
+
+__all__ = [
+    "flatten_tree",
+    "forget_workspaces",
+    "forward_mode_active",
+    "forward_mode_enabled",
+    "global_hooks",
+    "has_operators",
+    "held",
+    "in_backward",
+    "innermost_vmap",
+    "is_batch_norm",
+    "is_called_plainly",
+    "is_hooked",
+    "keeps_statistics",
+    "missing_derivatives",
+    "modes_active",
+    "modes_hidden",
+    "only_vmap_active",
+    "quick_apply",
+    "subtract_products",
+    "takes_closed_forms",
+    "transforms_active",
+    "unwrapped",
+    "vmap_info",
+    "wrapped",
+]

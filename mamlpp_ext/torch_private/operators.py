@@ -1,0 +1,81 @@
+"""Operators without documentation, and what is known of a graph of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Without an underscore, but in no documentation either.
+_OPERATORS = (
+    "batch_norm_update_stats",
+    "convolution",
+    "convolution_backward",
+    "leaky_relu_backward",
+    "max_pool2d_with_indices",
+    "native_batch_norm",
+    "native_batch_norm_backward",
+    "threshold_backward",
+)
+
+
+@cache
+def has_operators() -> bool:
+    """Returns whether the operators that the closed forms are made of are there."""
+    return all(hasattr(torch.ops.aten, name) for name in _OPERATORS)
+
+
+def subtract_products(
+    params: Sequence[Tensor], grads: Sequence[Tensor], rates: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Returns each parameter less its rate times its gradient; missing: one after the other."""
+    at_once = getattr(torch, "_foreach_addcmul", None)
+    if at_once is not None:
+        return at_once(params, grads, rates, value=-1)  # type: ignore[no-any-return]
+    triples = zip(params, grads, rates, strict=True)
+    return [torch.addcmul(param, grad, rate, value=-1) for param, grad, rate in triples]
+
+
+def missing_derivatives(grads: Iterable[Tensor | None]) -> list[str]:
+    """Returns the operations in the graph of these gradients that torch has no derivative of.
+
+    Missing, as the name of such nodes is torch's own: none; their backward then says so.
+    """
+    seen: set[Any] = set()
+    stack = [grad.grad_fn for grad in grads if grad is not None and grad.grad_fn is not None]
+    found = set()
+    while stack:
+        node: Any = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        stack += [following for following, _ in node.next_functions if following is not None]
+        if "NotImplemented" in node.name():
+            found.add(_said_by(node))
+    return sorted(found)
+
+
+def _said_by(node: Any) -> str:
+    """Returns what a node says for which there is no derivative."""
+    for count in range(1, 16):  # of gradients that it takes
+        try:
+            node(*[None] * count)
+        except TypeError:
+            continue
+        except RuntimeError as error:
+            return str(error).removesuffix(" is not implemented").removeprefix("derivative for ")
+    return str(node.name())
+
+
+def forget_workspaces() -> None:
+    """Lets torch make new workspaces of its CUDA libraries for each stream; missing: does nothing.
+
+    It keeps one for every stream, 67 MB. A CUDA graph is to have its own, in its own memory: one
+    that it shared with another graph would be gone with that.
+    """
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if forget is not None:
+        forget()
