@@ -1,6 +1,7 @@
-"""The paper's ablation on Omniglot: MAML, each part of MAML++ alone, and all together.
+"""The paper's ablation: MAML, each part of MAML++ alone, and all together.
 
     make ablation DATA=omniglot28.npz          the reduced protocol, which two cores finish
+    make ablation DATA=folder                  on images of your own: another reduced protocol
     python benchmarks/ablation.py --help       every flag
     python benchmarks/ablation.py --data omniglot28.npz --preset paper-omniglot-20way-1shot
 
@@ -12,42 +13,46 @@ iterations and of what the last row learned; TensorBoard scalars too, if its pac
 from __future__ import annotations
 
 import argparse
-import fcntl
-import multiprocessing
-import os
 import signal
 import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 # The data, the network and the learner are those of the demonstration.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "examples"))
 
 import torch
 
+from ablation_jobs import only_writer, run_all
 from ablation_protocol import PRESETS, ROWS, Protocol
 from ablation_report import write_report
 from ablation_run import AblationRun
-from demo import cores
-from few_shot import TaskSampler, load
+from demo import DATA_HELP, add_image_flags, cores
+from few_shot import FewShotData, TaskSampler, load
 from learners import BACKENDS
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser: a flag for every field of :class:`Protocol`, and some for the run."""
+def make_parser(text: str | None = __doc__, out: str = "ablation") -> argparse.ArgumentParser:
+    """Returns the parser: a flag for every field of :class:`Protocol`, and some for the run.
+
+    Args:
+        text: what the program is for.
+        out: the folder for results, if no flag names one.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", required=True, help="omniglot28.npz, or a folder of Omniglot's PNGs")
-    add("--preset", choices=PRESETS, default="reduced", help="default: %(default)s")
+    add("--data", required=True, help=DATA_HELP)
+    add_image_flags(parser)
+    add("--preset", choices=PRESETS, help="default: reduced, or cifar-fs-reduced for your images")
     add("--rows", nargs="+", choices=ROWS, help="default: all")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
-    add("--out", type=Path, default=Path("ablation"), help="folder (default: %(default)s)")
+    add("--out", type=Path, default=Path(out), help="folder (default: %(default)s)")
     add(
         "--jobs",
         type=int,
@@ -59,15 +64,34 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="where to train (%(default)s)")
     add("--checkpoint-minutes", type=float, default=2.0, help="between checkpoints (%(default)s)")
     for field in fields(Protocol):
-        kind = {"str": str, "int": int}.get(str(field.type), float)
-        choices = list(BACKENDS) if field.name == "backend" else None
-        add(
-            f"--{field.name.replace('_', '-')}",
-            type=kind,
-            choices=choices,
-            help=f"{field.metadata['help']} (reduced: {field.default})",
-        )
+        if field.name not in ("size", "flip"):  # added already, as in the demonstration
+            kind = {"str": str, "int": int}.get(str(field.type), float)
+            add(
+                f"--{field.name.replace('_', '-')}",
+                type=kind,
+                choices=list(BACKENDS) if field.name == "backend" else None,
+                help=f"{field.metadata['help']} (reduced: {field.default})",
+            )
     return parser
+
+
+def given(flags: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of :class:`Protocol` for which there was a flag.
+
+    Raises:
+        ValueError: if a number is not above 0.
+    """
+    found = {field.name: getattr(flags, field.name) for field in fields(Protocol)}
+    found = {name: value for name, value in found.items() if value is not None}
+    for name, value in found.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("multi_step_loss", "first_order", "ensemble"):
+            if value < 0:
+                unit = "models" if name == "ensemble" else "epochs"
+                raise ValueError(f"{flag} must be at least 0 ({unit}), got {value}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+            raise ValueError(f"{flag} must be above 0, got {value}")
+    return found
 
 
 def read_protocol(flags: argparse.Namespace) -> Protocol:
@@ -76,65 +100,57 @@ def read_protocol(flags: argparse.Namespace) -> Protocol:
     Raises:
         ValueError: if a number is not above 0.
     """
-    chosen = asdict(PRESETS[flags.preset])
-    given = {name: getattr(flags, name) for name in chosen}
-    chosen.update({name: value for name, value in given.items() if value is not None})
-    for name, value in chosen.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name in ("multi_step_loss", "first_order"):
-            if value < 0:
-                raise ValueError(f"{flag} must be at least 0 (epochs), got {value}")
-        elif isinstance(value, (int, float)) and value <= 0:
-            raise ValueError(f"{flag} must be above 0, got {value}")
-    return Protocol(**chosen)
+    return Protocol(**{**asdict(PRESETS[flags.preset]), **given(flags)})
 
 
-def end_with_parent() -> None:
-    """Ends this process as soon as the one that started it has ended, killed or not.
-
-    An executor's idle workers would otherwise wait for ever, and a busy one would go on writing to
-    the folder in which a restart writes.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def check(flags: argparse.Namespace, protocol: Protocol) -> None:
-    """Finds what would stop a run, before any run has begun.
+def read_data(flags: argparse.Namespace) -> FewShotData:
+    """Returns the data, and notes the preset and the file that the runs take.
 
     Raises:
-        FileNotFoundError: if there is no data.
-        ValueError: if there is too little of it for the tasks, or ``flags.out`` has runs of
-            another protocol.
+        OSError: if there is no data.
+        ValueError: if it is no such data, or a flag is wrong.
     """
-    data = load(flags.data)
+    size = given(flags).get("size", flags.preset and PRESETS[flags.preset].size)
+    data = load(flags.data, size, flags.cache)
+    flags.preset = flags.preset or ("cifar-fs-reduced" if data.name == "images" else "reduced")
+    flags.data = data.source  # decoded once, not by every run
+    return data
+
+
+def check(protocol: Protocol, data: FewShotData, folders: Iterable[tuple[str, int, Path]]) -> None:
+    """Finds what would stop a run, before any run has begun.
+
+    Args:
+        protocol: of the runs.
+        data: what was read.
+        folders: row, seed and folder of each run.
+
+    Raises:
+        ValueError: if there is too little data for the tasks, or a folder has a run of another
+            protocol.
+    """
+    p = protocol
     for images in (data.train, data.val, data.test):
-        for targets in (protocol.targets, protocol.eval_targets):
-            TaskSampler(images, protocol.ways, protocol.shots, targets, protocol.tasks)
-    for row in flags.rows:
-        for seed in flags.seeds:
-            if folder_of(flags, row, seed).exists():
-                AblationRun(row, seed, protocol, data, folder_of(flags, row, seed))
+        for targets in (p.targets, p.eval_targets):
+            flip = p.flip and images is data.train
+            TaskSampler(images, p.ways, p.shots, targets, p.tasks, flip=flip)
+    for row, seed, folder in folders:
+        if folder.exists():
+            AblationRun(row, seed, protocol, data, folder)
 
 
-def folder_of(flags: argparse.Namespace, row: str, seed: int) -> Path:
+def folder_of(out: Path, row: str, seed: int) -> Path:
     """Returns where a run keeps its files."""
     name = row.replace("++", "plusplus").replace("+", "-").strip("-")
-    return flags.out / "runs" / f"{name}-seed{seed}"
+    return out / "runs" / f"{name}-seed{seed}"
 
 
-def train(row: str, seed: int, flags: argparse.Namespace, protocol: Protocol) -> str:
+def train(row: str, seed: int, out: Path, flags: argparse.Namespace, protocol: Protocol) -> str:
     """One row with one seed, in a process of its own."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everybody; the parent decides
-    folder = folder_of(flags, row, seed)
-    run = AblationRun(row, seed, protocol, load(flags.data), folder, flags.device)
+    data = load(flags.data)
+    run = AblationRun(row, seed, protocol, data, folder_of(out, row, seed), flags.device)
     run.run(60 * flags.checkpoint_minutes)
     return f"{row}, seed {seed}"
 
@@ -143,32 +159,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs what is missing and writes the report; returns the exit status."""
     parser = make_parser()
     flags = parser.parse_args(arguments)
-    try:
-        protocol = read_protocol(flags)
-        flags.rows = flags.rows or protocol.rows()
-        check(flags, protocol)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
-    flags.out.mkdir(parents=True, exist_ok=True)
-    lock = (flags.out / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
-    except BlockingIOError:
-        parser.error(f"another ablation is writing to {flags.out}; wait, or take another --out")
-    jobs = list(dict.fromkeys((row, seed) for seed in flags.seeds for row in flags.rows))
-    work = partial(train, flags=flags, protocol=protocol)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(flags.jobs, spawn, end_with_parent) as pool:
+    with ExitStack() as held:
         try:
-            for done in as_completed([pool.submit(work, *job) for job in jobs]):
-                print(f"finished: {done.result()}", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:
-            os._exit(130)  # the processes end with this one; leaving the block would wait for them
-        except Exception:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    print(write_report(flags.out, sys.argv[1:] if arguments is None else arguments))
-    lock.close()
+            data = read_data(flags)
+            protocol = read_protocol(flags)
+            rows = flags.rows or protocol.rows()
+            jobs = list(dict.fromkeys((row, seed) for seed in flags.seeds for row in rows))
+            check(protocol, data, [(*job, folder_of(flags.out, *job)) for job in jobs])
+            held.enter_context(only_writer(flags.out))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        print(data.summary(), file=sys.stderr, flush=True)
+        run_all(partial(train, out=flags.out, flags=flags, protocol=protocol), jobs, flags)
+        print(write_report(flags.out, sys.argv[1:] if arguments is None else arguments))
     return 0
 
 

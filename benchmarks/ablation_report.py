@@ -19,6 +19,7 @@ from ablation_protocol import ROWS, TUNED
 from learners import STATISTICS
 
 Record = dict[str, Any]
+OMNIGLOT = "Omniglot, 28x28, grey"  # what the records are of that say nothing of their data
 # The paper's table 1, Omniglot 20-way 1-shot, in per cent.
 PAPER = {
     "MAML": "91.27",
@@ -55,8 +56,8 @@ def write_report(folder: Path, arguments: list[str]) -> str:
         for file in sorted(folder.glob("runs/*/records.jsonl"))
         for line in file.read_text().splitlines()
     ]
-    _common_settings(records)
-    rows = [row for row in PAPER if any(record["row"] == row for record in records)]
+    common_settings(records)
+    rows = [row for row in ROWS if any(record["row"] == row for record in records)]
     records.sort(key=lambda record: (rows.index(record["row"]), record["seed"]))
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "evaluations.jsonl").write_text(lines)
@@ -70,11 +71,11 @@ def write_report(folder: Path, arguments: list[str]) -> str:
     return text
 
 
-def _common_settings(records: list[Record]) -> dict[str, Any]:
+def common_settings(records: list[Record]) -> dict[str, Any]:
     """Returns the settings of all; those that only some rows use may differ in the others."""
     common: dict[str, Any] = {}
     for record in records:
-        for name, value in record["settings"].items():
+        for name, value in {"data": record.get("data", OMNIGLOT), **record["settings"]}.items():
             users = USERS.get(name)
             if users is not None and not users(record["row"]):
                 continue
@@ -91,60 +92,94 @@ def table(records: list[Record], rows: list[str], arguments: list[str]) -> str:
     tests = [(number, r) for number, r in enumerate(records, 1) if r["kind"] == "test"]
     if not tests:
         return "No run has ended yet.\n"
-    lines = [
-        *_header(_common_settings(records), sorted({r["seed"] for _, r in tests})),
-        "",
-        "| row | batch statistics | running statistics | paper (other settings) |",
-        "|---|---|---|---|",
-    ]
+    settings = common_settings(records)
+    of_paper = (settings["data"], settings["ways"], settings["shots"]) == (OMNIGLOT, 20, 1)
+    columns = [*STATISTICS, *(["ensemble"] if all("ensemble" in r for _, r in tests) else [])]
+    heads = [name.replace("_", " ") for name in columns]
+    last = ["paper (other settings)"] if of_paper else []
+    lines = [*_header(settings, sorted({r["seed"] for _, r in tests})), ""]
+    lines += heads_of(["row", *heads, *last])
     for row in rows:
         runs = [r for _, r in tests if r["row"] == row]
         if runs:
-            cells = [_over_seeds([r[name] for r in runs]) for name in STATISTICS]
-            lines.append(f"| {row} | {' | '.join(cells)} | {PAPER[row]} |")
-    lines += [
-        "",
-        f"Command: `python benchmarks/ablation.py {shlex.join(arguments)}`. Machine: "
-        + "; ".join(dict.fromkeys(r["machine"] for _, r in tests))
-        + ". Versions: "
-        + "; ".join(dict.fromkeys(_versions(r) for _, r in tests))
-        + ".",
-        "",
-        "| row | seed | batch statistics | running statistics | picked at epoch | record |",
-        "|---|---|---|---|---|---|",
-    ]
+            cells = [over_seeds([_found(r, name) for r in runs]) for name in columns]
+            lines += [line_of([row, *cells, *([PAPER[row]] if of_paper else [])])]
+    lines += ["", *origin("ablation.py", arguments, [r for _, r in tests]), ""]
+    lines += heads_of(["row", "seed", *heads, "picked at epoch", "record"])
     for number, r in tests:
-        cells = [_over_seeds([r[name]]) for name in STATISTICS]
-        lines.append(
-            f"| {r['row']} | {r['seed']} | {' | '.join(cells)} | {r['picked_epoch']} | "
-            f"evaluations.jsonl, line {number} |"
-        )
+        cells = [over_seeds([_found(r, name)]) for name in columns]
+        place = f"evaluations.jsonl, line {number}"
+        lines += [line_of([r["row"], r["seed"], *cells, r["picked_epoch"], place])]
     return "\n".join(lines) + "\n"
 
 
-def _header(settings: dict[str, Any], seeds: list[int]) -> list[str]:
-    length = f"{settings['epochs']} epochs of {settings['iterations']} iterations"
-    if settings["minutes"] is not None:
-        length = f"{settings['minutes']:g} minutes"
-    tuned = f" ({settings['tuned_meta_lr']:g} in {TUNED})" if "tuned_meta_lr" in settings else ""
+def _found(record: Record, name: str) -> dict[str, float]:
+    """Returns an accuracy; the ensemble's is by batch statistics, as the paper's figures."""
+    found: dict[str, Any] = record[name]
+    return found["batch_statistics"] if name == "ensemble" else found
+
+
+def heads_of(heads: list[str]) -> list[str]:
+    """Returns the first two lines of a table."""
+    return [line_of(heads), "|" + "---|" * len(heads)]
+
+
+def line_of(cells: list[Any]) -> str:
+    """Returns a line of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def origin(script: str, arguments: list[str], tests: list[Record]) -> list[str]:
+    """Returns by which command, on which machines and with which versions it was measured."""
     return [
-        f"Omniglot, {settings['ways']}-way {settings['shots']}-shot, {settings['filters']} "
-        f"filters, {settings['steps']} inner steps, {settings['tasks']} tasks an iteration, "
-        f"{length}, meta rate {settings['meta_lr']:g}{tuned}; "
-        f"seeds {', '.join(map(str, seeds))}; {settings['test_tasks']} test tasks; backend "
-        f"{settings['backend']}.",
+        f"Command: `python benchmarks/{script} {shlex.join(arguments)}`. Machine: "
+        + "; ".join(dict.fromkeys(r["machine"] for r in tests))
+        + ". Versions: "
+        + "; ".join(dict.fromkeys(_versions(r) for r in tests))
+        + "."
+    ]
+
+
+def _header(settings: dict[str, Any], seeds: list[int]) -> list[str]:
+    tuned = f" ({settings['tuned_meta_lr']:g} in {TUNED})" if "tuned_meta_lr" in settings else ""
+    together = (
+        f" Ensemble: the {settings['ensemble']} models that validated best, the means of their "
+        "logits, by batch statistics."
+        if settings.get("ensemble")
+        else ""
+    )
+    return [
+        f"{described(settings)}, {settings['steps']} inner steps, meta rate "
+        f"{settings['meta_lr']:g}{tuned}; seeds {', '.join(map(str, seeds))}; "
+        f"{settings['test_tasks']} test tasks; backend {settings['backend']}.",
         "",
         "Accuracy in per cent: mean over seeds ± 95 % interval over the tasks of a run (range over "
         "seeds). Batch: targets normalised together, as in the paper; running: one by one. The "
-        "model tested is the one that validated best by batch statistics.",
+        "model tested is the one that validated best by batch statistics." + together,
     ]
+
+
+def described(settings: dict[str, Any]) -> str:
+    """Returns what is alike in all runs but the inner steps and the meta rate."""
+    length = f"{settings['epochs']} epochs of {settings['iterations']} iterations"
+    if settings["minutes"] is not None:
+        length = f"{settings['minutes']:g} minutes"
+    clamp = settings.get("clamp")
+    return (
+        f"{settings['data']}, {settings['ways']}-way {settings['shots']}-shot, "
+        f"{settings['filters']} filters, {settings['tasks']} tasks an iteration of "
+        f"{settings['targets']} targets a class, {length}, inner rate {settings['inner_lr']:g}"
+        + (f", meta-gradients within ±{clamp:g}" if clamp else "")
+        + (", mirrored by chance" if settings.get("flip") else "")
+    )
 
 
 def _versions(record: Record) -> str:
     return ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
 
 
-def _over_seeds(found: list[dict[str, float]]) -> str:
+def over_seeds(found: list[dict[str, float]]) -> str:
+    """Returns the mean with the mean interval, and the range if there are several seeds."""
     values = [100 * f["accuracy"] for f in found]
     interval = 100 * statistics.mean(f["interval"] for f in found)
     spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""

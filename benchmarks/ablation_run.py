@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ablation_checkpoint import load, save
 from ablation_protocol import ROWS, Protocol
-from few_shot import Batch, FewShotData, TaskSampler, conv_net, summary
+from few_shot import Batch, FewShotData, TaskSampler, conv_net, summary, task_accuracies
+from image_store import Images
 from learners import STATISTICS, Learner, Schedules
 from mamlpp_ext import PerStepBatchNorm2d
 from report import versions
@@ -55,10 +55,12 @@ class AblationRun:
     ) -> None:
         self.row, self.seed, self.protocol, self.data = row, seed, protocol, data
         self.folder, self.device = folder, device
+        # The ink tells data sets apart.
+        self.who = {"row": row, "seed": seed, "ink": data.ink(), **asdict(protocol)}
         p = protocol
         torch.manual_seed(seed)
         self.learner = Learner(
-            conv_net(1, p.ways, p.filters, data.train.shape[-1]).to(device),
+            conv_net(data.channels, p.ways, p.filters, data.size).to(device),
             ROWS[row],
             p.backend,
             steps=p.steps,
@@ -66,10 +68,11 @@ class AblationRun:
             schedules=Schedules(
                 p.epochs, p.multi_step_loss, p.first_order, p.meta_lr_of(row), p.final_meta_lr
             ),
+            clamp=p.clamp,
         )
-        self.sampler = TaskSampler(data.train, p.ways, p.shots, p.targets, p.tasks, seed)
+        self.sampler = TaskSampler(data.train, p.ways, p.shots, p.targets, p.tasks, seed, p.flip)
         self.position = {"epoch": 0, "iteration": 0, "total": 0, "seconds": 0.0, "loss": 0.0}
-        self.best: dict[str, Any] = {"accuracy": -1.0}
+        self.best: list[dict[str, Any]] = []  # of as many models as the test needs, best first
         self.records: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         self.writer: Any = None
@@ -119,17 +122,16 @@ class AblationRun:
             self.learner.end_epoch()
 
     def _validate(self) -> None:
-        found = self._accuracy(self.data.val, self.protocol.val_tasks, VAL_SEED)
+        found = self._accuracy(*self._predictions(self.data.val, self.protocol.val_tasks, VAL_SEED))
         self._record("validation", **found)
         accuracy = found["batch_statistics"]["accuracy"]
-        if accuracy > self.best["accuracy"]:
+        kept = max(1, self.protocol.ensemble)
+        if len(self.best) < kept or accuracy > self.best[-1]["accuracy"]:
             state = copy.deepcopy(self.learner.state_dict())
-            self.best = {
-                "accuracy": accuracy,
-                "epoch": self.position["epoch"],
-                "net": state["net"],
-                "lslr": state["lslr"],
-            }
+            model = {"accuracy": accuracy, "epoch": self.position["epoch"]}
+            self.best.append({**model, "net": state["net"], "lslr": state["lslr"]})
+            self.best.sort(key=lambda model: -model["accuracy"])  # the earlier of two equal ones
+            del self.best[kept:]
         print(
             f"{self.row:10} seed {self.seed}: epoch {self.position['epoch']:3}, iteration "
             f"{self.position['total']}, loss {self.position['mean_loss']:.3f}, validation "
@@ -140,13 +142,23 @@ class AblationRun:
 
     def _test(self) -> None:
         net, lslr = self.learner.net, self.learner.lslr
-        net.load_state_dict(self.best["net"])
-        lslr.load_state_dict(self.best["lslr"])
+        together: Any = 0
+        for model in reversed(self.best):  # the best one last: it stays
+            net.load_state_dict(model["net"])
+            lslr.load_state_dict(model["lslr"])
+            logits, labels = self._predictions(self.data.test, self.protocol.test_tasks, TEST_SEED)
+            # Logits are averaged, as in evaluated_test_set_using_the_best_models of the authors'
+            # experiment_builder.py, and not what softmax makes of them.
+            together = together + logits / len(self.best)
+        found = self._accuracy(logits, labels)
+        if self.protocol.ensemble:
+            epochs = [model["epoch"] for model in self.best]
+            found["ensemble"] = {"epochs": epochs, **self._accuracy(together, labels)}
         rates = lslr.rates.tolist() if lslr.rates.requires_grad else None
         self._record(
             "test",
-            picked_epoch=self.best["epoch"],
-            **self._accuracy(self.data.test, self.protocol.test_tasks, TEST_SEED),
+            picked_epoch=self.best[0]["epoch"],
+            **found,
             rates=rates and dict(zip(lslr.names, rates, strict=True)),
             norm_weights={
                 name: layer.weight.tolist()
@@ -155,12 +167,18 @@ class AblationRun:
             },
         )
 
-    def _accuracy(self, images: torch.Tensor, count: int, seed: int) -> dict[str, Any]:
+    def _predictions(
+        self, images: torch.Tensor | Images, count: int, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         p = self.protocol
         sampler = TaskSampler(images, p.ways, p.shots, p.eval_targets, 1, seed)
         batches = (self._to_device(sampler.sample()) for _ in range(count))
-        found = self.learner.accuracies(batches).cpu()
-        return {name: summary(row) for name, row in zip(STATISTICS, found, strict=True)}
+        logits, labels = self.learner.predictions(batches)
+        return logits.cpu(), labels.cpu()
+
+    def _accuracy(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        found = zip(STATISTICS, logits, strict=True)
+        return {name: summary(task_accuracies(by, labels)) for name, by in found}
 
     def _to_device(self, batch: Batch) -> Batch:
         x_support, y_support, x_target, y_target = (part.to(self.device) for part in batch)
@@ -188,6 +206,7 @@ class AblationRun:
                 "seconds": at["seconds"],
                 "machine": self._machine(),
                 "versions": versions(),
+                "data": self.data.title,
                 "settings": asdict(self.protocol),
             }
         )
@@ -198,32 +217,17 @@ class AblationRun:
         return f"{platform.machine()}, {os.cpu_count()} cores, {name}"
 
     def _save(self) -> None:
-        """Writes aside and renames, so that a kill at any moment leaves a whole file."""
         state = {
-            "who": self._who(),
             "learner": self.learner.state_dict(),
             "sampler": self.sampler.state_dict(),
             "torch_random": torch.get_rng_state(),
             "position": self.position,
             "best": self.best,
-            "records": self.records,
         }
-        # The records first: a kill between the two then repeats an evaluation, and loses none.
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        _replace(self.folder / "records.jsonl", lambda path: path.write_text(lines))
-        _replace(self.checkpoint, lambda path: torch.save(state, path))
+        save(self.folder, self.who, state, self.records)
 
     def _load(self) -> None:
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        theirs, ours = state["who"], self._who()
-        if theirs != ours:
-            differ = {
-                key: (theirs.get(key), ours[key]) for key in ours if theirs.get(key) != ours[key]
-            }
-            raise ValueError(
-                f"{self.checkpoint} was made with other settings (there, here): {differ}; take the "
-                "same ones to go on, or another --out to begin anew"
-            )
+        state = load(self.checkpoint, self.who, self.device)
         self.learner.load_state_dict(state["learner"])
         self.sampler.load_state_dict(
             {"generator": state["sampler"]["generator"].cpu()}  # map_location moves it too
@@ -231,15 +235,3 @@ class AblationRun:
         torch.set_rng_state(state["torch_random"].cpu())
         self.position, self.best = state["position"], state["best"]
         self.records = state["records"]
-
-    def _who(self) -> dict[str, Any]:
-        ink = int(self.data.train.sum())  # tells data sets apart
-        return {"row": self.row, "seed": self.seed, "ink": ink, **asdict(self.protocol)}
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import ablation
+import ablation_checkpoint
 import ablation_protocol
 import ablation_report
 import ablation_run
@@ -138,7 +139,7 @@ def test_killed_between_its_two_files_it_loses_no_record(
         ways=3, filters=4, epochs=1, iterations=1, val_every=1, val_tasks=2, test_tasks=2
     )
     monkeypatch.setattr(ablation_run, "SummaryWriter", None)
-    replace, writes = ablation_run._replace, []
+    replace, writes = ablation_checkpoint._replace, []
 
     def killed(path: Path, write: Any) -> None:
         writes.append(path)
@@ -146,7 +147,7 @@ def test_killed_between_its_two_files_it_loses_no_record(
             raise KeyboardInterrupt
         replace(path, write)
 
-    monkeypatch.setattr(ablation_run, "_replace", killed)
+    monkeypatch.setattr(ablation_checkpoint, "_replace", killed)
     with pytest.raises(KeyboardInterrupt):
         ablation_run.AblationRun("MAML", 0, protocol, few_shot.load(), tmp_path).run(60)
     again = ablation_run.AblationRun("MAML", 0, protocol, few_shot.load(), tmp_path)
@@ -228,8 +229,9 @@ def test_a_setting_that_a_row_does_not_use_may_differ() -> None:
             for epochs, row in enumerate(rows)
         ]
 
-    common = ablation_report._common_settings
-    assert common(records("MAML", "MAML++", "+CA")) == {"ways": 20, "first_order": 1}
+    common = ablation_report.common_settings
+    found = common(records("MAML", "MAML++", "+CA"))
+    assert found == {"data": "Omniglot, 28x28, grey", "ways": 20, "first_order": 1}
     with pytest.raises(ValueError, match="first_order"):
         common(records("+DA", "MAML++"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Learner:
         steps: inner steps.
         inner_lr: the inner rate, with LSLR the one it starts from.
         schedules: the lengths of what is annealed, and the meta rate.
+        clamp: bound of each value of the network's meta-gradients; None for none.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class Learner:
         steps: int,
         inner_lr: float,
         schedules: Schedules,
+        clamp: float | None = None,
     ) -> None:
-        self.plain, self.steps, self.inner_lr = not parts, steps, inner_lr
+        self.plain, self.steps, self.inner_lr, self.clamp = not parts, steps, inner_lr, clamp
         self.run = BACKENDS[backend]
         adapt = None
         if "BNRS+BNWB" in parts:
@@ -97,6 +100,9 @@ class Learner:
         """One meta-iteration; returns the meta-loss."""
         self.meta_opt.zero_grad()
         loss = self.run(self, batch)
+        if self.clamp is not None:
+            # The authors' code does so for Mini-ImageNet, with the network's and not the rates'.
+            torch.nn.utils.clip_grad_value_(self.net.parameters(), self.clamp)
         self.meta_opt.step()
         return loss
 
@@ -107,26 +113,29 @@ class Learner:
         self.meta_rate.step()
 
     def accuracies(self, batches: Iterable[Batch]) -> Tensor:
-        """Adapts to tasks and returns the accuracies, which leaves no trace in the network.
+        """Returns the accuracies of :meth:`predictions`, [2, number of tasks]."""
+        logits, labels = self.predictions(batches)
+        return torch.stack([task_accuracies(by, labels) for by in logits])
+
+    def predictions(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """Adapts to tasks and predicts their targets, which leaves no trace in the network.
 
         The support images are normalised by their own statistics, as in training. The targets are
         predicted twice: by the statistics of all targets of the task together (the paper's way, in
         which they help each other), and each by itself, by the running statistics.
 
-        Args:
-            batches: tasks.
-
         Returns:
-            [2, number of tasks]: with batch statistics, with running statistics.
+            Logits [2, number of tasks, Q, ways], with batch and with running statistics, and labels
+            [number of tasks, Q].
         """
-        found = [
-            torch.stack([task_accuracies(logits, task[3]) for logits in self._predict(*task[:3])])
-            for batch in batches
-            for task in zip(*batch, strict=True)
-        ]
-        return torch.stack(found, dim=1)
+        logits, labels = [], []
+        for batch in batches:
+            for *images, y_target in zip(*batch, strict=True):
+                logits.append(self._predict(*images))
+                labels.append(y_target)
+        return torch.stack(logits, dim=1), torch.stack(labels)
 
-    def _predict(self, x_support: Tensor, y_support: Tensor, x_target: Tensor) -> list[Tensor]:
+    def _predict(self, x_support: Tensor, y_support: Tensor, x_target: Tensor) -> Tensor:
         params = {name: p.detach().requires_grad_() for name, p in self.net.named_parameters()}
         with mpp.frozen_statistics(self.net):
             for step in mpp.inner_steps(self.net, self.steps):
@@ -142,7 +151,7 @@ class Learner:
         with torch.no_grad():
             by_running = functional_call(self.net, params, x_target)
         self.net.train()
-        return [by_batch, by_running]
+        return torch.stack([by_batch, by_running])
 
     @property
     def meta_lr(self) -> float:
@@ -154,7 +163,7 @@ class Learner:
         return [float(weight) for weight in self.msl.weights]
 
     def counts(self, step: int) -> bool:
-        """Says whether the target loss after this inner step enters the meta-loss."""
+        """Says whether the target loss after this inner step counts."""
         return self.loss_weights()[step] > 0
 
     def description(self) -> dict[str, Any]:
@@ -184,14 +193,6 @@ class Learner:
     def _stateful(self) -> dict[str, Any]:
         names = ("net", "lslr", "msl", "da", "meta_opt", "meta_rate")
         return {name: getattr(self, name) for name in names}
-
-
-def _with_higher(learner: Learner, batch: Batch) -> float:
-    return _task_by_task(learner, batch, _higher_loop)
-
-
-def _with_torchopt(learner: Learner, batch: Batch) -> float:
-    return _task_by_task(learner, batch, _torchopt_loop)
 
 
 def _with_torch_func(learner: Learner, batch: Batch) -> float:
@@ -243,7 +244,7 @@ def _torchopt_loop(learner: Learner) -> Iterator[tuple[nn.Module, Any]]:
 
 Loop = Callable[[Learner], AbstractContextManager[tuple[nn.Module, Any]]]
 BACKENDS: dict[str, Callable[[Learner, Batch], float]] = {
-    "higher": _with_higher,
-    "torchopt": _with_torchopt,
+    "higher": partial(_task_by_task, loop=_higher_loop),
+    "torchopt": partial(_task_by_task, loop=_torchopt_loop),
     "torch_func": _with_torch_func,
 }

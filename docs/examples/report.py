@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 BAR = "{desc:<7} {percentage:3.0f}% |{bar:20}| {n:.0f}/{total:.0f} s{postfix}"
 COLOURS = {"MAML": "tab:gray", "MAML++": "tab:blue"}
-PACKAGES = ("mamlpp_ext", "torch", "higher", "torchopt", "numpy", "scikit-learn")
+PACKAGES = ("mamlpp_ext", "torch", "higher", "torchopt", "numpy", "scikit-learn", "pillow")
 
 
 class Bars:
@@ -68,12 +68,21 @@ class Bars:
             bar.close()
 
 
-def write_report(settings: dict[str, Any], results: dict[str, Any], folder: Path) -> None:
-    """Prints the table, then writes ``demo.png`` and ``demo.json`` into ``folder``."""
+def write_report(
+    settings: dict[str, Any], results: dict[str, Any], folder: Path, data: str = ""
+) -> None:
+    """Prints the table, then writes ``demo.png`` and ``demo.json`` into ``folder``.
+
+    Args:
+        settings: the flags.
+        results: what was found, by learner.
+        folder: where to; made if missing.
+        data: what was read.
+    """
     print(table(settings, results))
     folder.mkdir(parents=True, exist_ok=True)
     picture(settings, results, folder / "demo.png")
-    record = {"settings": settings, "versions": versions(), "results": results}
+    record = {"settings": settings, "data": data, "versions": versions(), "results": results}
     (folder / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {folder / 'demo.png'} and {folder / 'demo.json'}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from few_shot import Batch, FewShotData, TaskSampler, conv_net, summary
+from image_store import Images
 from learners import PARTS, STATISTICS, Learner, Schedules
 
 # The papers count 500 iterations as an epoch. Here the time is given and not the iterations, so an
@@ -50,6 +51,8 @@ class Settings:
     first_order: int
     meta_lr: float
     threads: int
+    size: int | None
+    flip: bool
 
 
 class Run:
@@ -69,7 +72,7 @@ class Run:
         self.settings, self.data, self.stop, self.show = settings, data, stop, show
         torch.manual_seed(settings.seed)
         self.learner = Learner(
-            conv_net(1, settings.ways, settings.filters, data.train.shape[-1]),
+            conv_net(data.channels, settings.ways, settings.filters, data.size),
             PARTS if plus else (),
             settings.backend,
             steps=settings.steps,
@@ -82,7 +85,7 @@ class Run:
                 FINAL_META_LR,
             ),
         )
-        self.sampler = self._sampler(data.train, settings.targets, settings.seed)
+        self.sampler = self._sampler(data.train, settings.targets, settings.seed, settings.flip)
         self.seconds, self.iterations = 0.0, 0
         self.history: list[dict[str, Any]] = []
         self.curve: list[dict[str, float]] = []
@@ -126,7 +129,9 @@ class Run:
             {"seconds": self.seconds, "iterations": self.iterations, **found["batch_statistics"]}
         )
 
-    def accuracy(self, images: Tensor, count: int, seed: int) -> dict[str, dict[str, float]]:
+    def accuracy(
+        self, images: Tensor | Images, count: int, seed: int
+    ) -> dict[str, dict[str, float]]:
         """Returns both accuracies on ``count`` tasks, always the same ones for a seed."""
         sampler = self._sampler(images, self.settings.eval_targets, seed)
         found = self.learner.accuracies(self._tasks(sampler, count))
@@ -141,9 +146,11 @@ class Run:
             if time.monotonic() > deadline:
                 return
 
-    def _sampler(self, images: Tensor, targets: int, seed: int) -> TaskSampler:
+    def _sampler(
+        self, images: Tensor | Images, targets: int, seed: int, flip: bool = False
+    ) -> TaskSampler:
         s = self.settings
-        return TaskSampler(images, s.ways, s.shots, targets, s.tasks, seed)
+        return TaskSampler(images, s.ways, s.shots, targets, s.tasks, seed, flip)
 
     def results(self) -> dict[str, Any]:
         """Evaluates on unseen tasks and returns everything that is known of this run."""
