@@ -1,10 +1,12 @@
-"""The tests at both ends of the supported versions: ``pip install nox``, then ``nox``.
+"""The tests on every supported Python, at both ends of the supported versions of torch.
 
-Each session skips a Python that is not installed. ``make test`` tests the pinned versions.
+``pip install nox``, then ``nox``. A Python that is not installed is skipped, and nox says so.
+``make test`` tests the pinned versions, and builds and checks the wheel.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -13,15 +15,68 @@ nox.options.error_on_missing_interpreters = False
 # What the documentation needs is left out, and what trains for long.
 LEFT_OUT = ("test_ablation", "test_docs", "test_examples", "test_guides")
 TESTS = sorted(str(path) for path in Path("tests").rglob("test_*.py") if path.stem not in LEFT_OUT)
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
+# Newer than tested, torch makes the package warn; everything else that warns fails.
+NEWER = "ignore:mamlpp_ext was tested with torch:UserWarning"
+MODELS = """
+from torch import nn
+
+def make_model():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+"""
+IMPORT_TIME = """
+import subprocess, sys, time
+
+def seconds(code):
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - begin
+
+pairs = [(seconds("import torch"), seconds("import torch, mamlpp_ext")) for _ in range(21)][1:]
+added = sorted(1000 * (both - torch) for torch, both in pairs)[len(pairs) // 2]
+print(f"import mamlpp_ext adds {added:.0f} ms to import torch")
+sys.exit(added > 50)
+"""
 
 
 @nox.session
 @nox.parametrize(
     ("python", "torch"),
-    [("3.10", "==2.6.*"), ("3.13", ">=2.6,<3")],
-    ids=["lowest", "highest"],
+    [("3.10", "==2.6.*"), ("3.11", "==2.13.*"), *((python, ">=2.6") for python in PYTHONS)],
+    ids=["lowest", "pinned", *(f"newest-{python}" for python in PYTHONS)],
 )
 def tests(session: nox.Session, torch: str) -> None:
     """The tests of the package, without those of the examples and of the documentation."""
-    session.install(f"torch{torch}", "hypothesis", "-e", ".[examples,bench]")
-    session.run("pytest", "mamlpp_ext", *TESTS, *session.posargs)
+    tools = "build", "hypothesis", "setuptools>=77"
+    session.install(f"torch{torch}", *tools, "-e", ".[examples,bench]")
+    session.run("pytest", "-W", NEWER, "mamlpp_ext", *TESTS, *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def wheel(session: nox.Session) -> None:
+    """The wheel alone in an empty environment, from another directory: both commands, imports."""
+    folder = Path(session.create_tmp()).resolve()
+    session.install("build")
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(folder))
+    session.run("python", "-m", "pip", "uninstall", "-y", "build", silent=True)
+    session.install(str(max(folder.glob("*.whl"), key=lambda path: path.stat().st_mtime)))
+    (folder / "my_models.py").write_text(MODELS)
+    session.chdir(folder)
+    question = ("my_models:make_model", "--shape", "1,8,8")
+    for command in (("mamlpp-ext",), ("python", "-m", "mamlpp_ext")):
+        session.run(*command, "check", *question)
+    session.run("mamlpp-ext", "benchmark", *question, "--repeats", "2", "--tasks", "2")
+    session.run("python", "-c", IMPORT_TIME)
+
+
+@nox.session(python="3.11")
+def sdist(session: nox.Session) -> None:
+    """The sdist unpacked somewhere else, by its own tests and those of the documentation."""
+    folder = Path(session.create_tmp()).resolve()
+    session.install("build")
+    session.run("python", "-m", "build", "--sdist", "--outdir", str(folder))
+    newest = max(folder.glob("*.tar.gz"), key=lambda path: path.stat().st_mtime)
+    shutil.unpack_archive(newest, folder)
+    session.chdir(folder / newest.name.removesuffix(".tar.gz"))
+    session.install("-c", "constraints.txt", "-e", ".[test]")
+    session.run("pytest", *session.posargs)

@@ -1,9 +1,14 @@
-"""``python -m mamlpp_ext check package.module:make_model``: what MAML++ would do to a model."""
+"""``mamlpp-ext check package.module:make_model``: what MAML++ would do to a model.
+
+``mamlpp-ext benchmark package.module:make_model``: what it costs. ``python -m mamlpp_ext`` is the
+same, where the script is not in the path.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -18,13 +23,21 @@ from mamlpp_ext.steps import inner_steps, per_step_layers
 from mamlpp_ext.torch_private import is_batch_norm
 
 _OF_THE_LOOP = ("(MSL)", "(DA)", "(CA)")  # findings that say nothing of a model
+_CHECK = "what would be converted, adapted and learned"
+_BENCHMARK = "time and memory of MAML and MAML++, in every loop that is installed"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the flags."""
-    parser = argparse.ArgumentParser(prog="python -m mamlpp_ext", description=__doc__)
+    """Returns the parser of the flags, but for those of the benchmark, which has its own."""
+    parser = argparse.ArgumentParser(
+        prog="mamlpp-ext",
+        description="What MAML++ would do to a model, and what it costs.",
+        epilog="Exit codes: 0; 1 if check finds a problem; 2 for wrong arguments. The same as "
+        "python -m mamlpp_ext.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="what would be converted, adapted and learned")
+    check = commands.add_parser("check", help=_CHECK, description=_CHECK)
+    commands.add_parser("benchmark", help=_BENCHMARK, add_help=False)
     add = check.add_argument
     add("model", help="package.module:name of a model, or of a function that returns one")
     add("--steps", type=int, default=5, help="inner steps (%(default)s)")
@@ -127,8 +140,13 @@ def _run_inner_loop(net: nn.Module, lslr: LSLR, shape: tuple[int, ...]) -> Tenso
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 if the findings name a problem."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["benchmark"]:
+        # By name, as it imports what is here.
+        benchmark = importlib.import_module("mamlpp_ext.benchmark.__main__")
+        return int(benchmark.main(given[1:]))
     parser = make_parser()
-    flags = parser.parse_args(arguments)
+    flags = parser.parse_args(given)
     try:
         model, shape = load_model(flags.model), read_shape(flags.shape)
         lines = list(describe(model, flags.steps, flags.adapt, shape))
@@ -136,6 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     sys.stdout.write("\n".join(lines) + "\n")
     return int(any(line.startswith("problem:") for line in lines))
+
+
+def script() -> int:
+    """Runs the command as ``mamlpp-ext``, with the modules of this folder, as python -m has it."""
+    sys.path.insert(0, os.getcwd())
+    return main()
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ OUTSIDE: dict[str, Row] = {
     "torch, too old": (
         lambda n: import_with_torch("2.5.1+cpu"),
         ImportError,
-        ("from 2.6 up to, not including, 3.0", "found 2.5.1+cpu", "pip install"),
+        ("needs torch from 2.6 on", "found 2.5.1+cpu", "pip install 'torch>=2.6'"),
     ),
     "torch, without a part of forward mode": (
         forward_mode_without_its_part,

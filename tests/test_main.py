@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mamlpp_ext.__main__ import main
+from mamlpp_ext.__main__ import main, script
 
 ROOT = Path(__file__).parents[1]
 MODELS = """
@@ -96,6 +96,43 @@ def test_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit, match="2"):
         main(["check", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_help_names_both_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "usage: mamlpp-ext" in said
+    for words in ("check", "benchmark", "Exit codes: 0; 1 if check finds a problem; 2 for wrong"):
+        assert words in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["measure"]])
+def test_another_command_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+
+
+def test_the_benchmark_gets_its_own_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["benchmark", "--help"])
+    assert "--repeats" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "my_models", "--shape=3"])
+    assert "'my_models' is not of the form" in capsys.readouterr().err
+
+
+def test_the_script_finds_what_is_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_own_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["mamlpp-ext", "check", "my_own_models:Unused", "--shape=3"])
+    assert script() == 1
+    assert "problem: no gradient reaches" in capsys.readouterr().out
+    assert sys.path[0] == str(tmp_path)
+    del sys.modules["my_own_models"]
 
 
 @pytest.mark.usefixtures("models")

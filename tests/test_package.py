@@ -9,7 +9,7 @@ import inspect
 import json
 import subprocess
 import sys
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 import mamlpp_ext as mpp
+from mamlpp_ext import checks
 
 ROOT = Path(__file__).parents[1]
 PER_STEP = (
@@ -153,41 +154,92 @@ def test_missing_extras() -> None:
         assert f"needs the package {name}, which is not installed" in error
 
 
-def test_another_torch_is_refused() -> None:
-    """With its number, the legal range and what to do; whatever is built on a legal one passes."""
-    versions = ["1.13.1", "2.5.1+cu124", "3.0.0a0", "2.6.0", "2.10.0a0+git1234567", "2.99.1+cpu"]
-    errors = python(
-        "import json, sys\n"
-        "import torch\n"
-        "errors = []\n"
-        f"for torch.__version__ in {versions}:\n"
-        "    try:\n"
-        "        import mamlpp_ext\n"
-        "        errors.append(None)\n"
-        "    except ImportError as error:\n"
-        "        errors.append(str(error))\n"
+def imported(package: str, versions: list[str]) -> list[tuple[str | None, list[str]]]:
+    """Imports what needs ``package`` in each of its versions: the error, and the warnings."""
+    module = "mamlpp_ext" if package == "torch" else f"mamlpp_ext.integrations.{package}"
+    return python(
+        "import json, sys, warnings\n"
+        "from importlib import metadata\n"
+        "import torch, higher, torchopt\n"
+        "find, found = metadata.version, []\n"
+        f"for number in {versions}:\n"
+        f"    if {package!r} == 'torch':\n"
+        "        torch.__version__ = number\n"
+        f"    metadata.version = lambda name: number if name == {package!r} else find(name)\n"
+        "    error = None\n"
+        "    with warnings.catch_warnings(record=True) as caught:\n"
+        "        warnings.simplefilter('always')\n"
+        "        try:\n"
+        f"            import {module}\n"
+        "        except ImportError as refusal:\n"
+        "            error = str(refusal)\n"
+        "    found.append([error, [str(w.message) for w in caught]])\n"
+        "    assert all(w.category is UserWarning for w in caught)\n"
+        "    assert all(w.filename == '<string>' for w in caught)\n"  # of who imports
         "    for name in [name for name in sys.modules if name.startswith('mamlpp_ext')]:\n"
         "        del sys.modules[name]\n"
-        "print(json.dumps(errors))"
+        "print(json.dumps(found))"
     )
-    assert errors[3:] == [None] * 3
-    for version, error in zip(versions[:3], errors[:3], strict=True):
-        assert f"found {version};" in error
-        assert "needs torch from 2.6 up to, not including, 3.0" in error
-        assert "pip install 'torch>=2.6,<3'" in error
+
+
+def test_an_older_torch_is_refused() -> None:
+    """With its number, what is legal and what to do; whatever is built on a tested one passes."""
+    old = ["1.13.1", "2.5.1+cu124", "2"]
+    for version, (error, warned) in zip(old, imported("torch", old), strict=True):
+        assert f"needs torch from 2.6 on, found {version}; pip install 'torch>=2.6'" in str(error)
+        assert warned == []
+    tested = ["2.6.0", "2.6.0a0+git1234567", "2.10.0a0+git1234567", "2.13.0+cpu", "2.15.99"]
+    assert imported("torch", tested) == [[None, []]] * len(tested)
+
+
+def test_a_newer_torch_warns_once() -> None:
+    new = ["2.16.0", "2.16.0a0+git1234567", "3.0.0", "10.1", "unknown"]
+    for version, (error, warned) in zip(new, imported("torch", new), strict=True):
+        assert error is None
+        (text,) = warned
+        assert f"mamlpp_ext was tested with torch 2.6 to 2.15, found {version}, which" in text
+        assert "pip install 'torch==2.15.*', or look for a newer mamlpp_ext" in text
+
+
+@pytest.mark.parametrize(("peer", "oldest"), [("higher", "0.2.1"), ("torchopt", "0.7.3")])
+def test_another_peer(peer: str, oldest: str) -> None:
+    pytest.importorskip(peer)
+    versions = ["0.1.9", oldest, f"{oldest}.post1", "0.9.0", "2"]
+    older, *tested, newer, newest = imported(peer, versions)
+    name = f"mamlpp_ext.integrations.{peer}"
+    refusal = f"{name} needs {peer} from {oldest} on, found 0.1.9; pip install '{peer}>={oldest}'"
+    assert older == [refusal, []]
+    assert tested == [[None, []]] * 2
+    for version, (error, warned) in zip(versions[3:], (newer, newest), strict=True):
+        assert error is None
+        (text,) = warned
+        assert f"{name} was tested with {peer} {oldest}, found {version}, which may" in text
+
+
+def test_a_peer_without_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.warns(UserWarning, match="found a copy without metadata"):
+        checks.check_version("mamlpp_ext.integrations.higher", "higher")
 
 
 def test_the_stated_versions_agree() -> None:
-    """Of Python in the classifiers and for pip, which refuses others; of torch for pip and here."""
+    """Of Python in the classifiers and for pip, which refuses older ones; of packages here too."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     classifiers = setup["metadata"]["classifiers"].splitlines()
     named = [text.rpartition(" :: ")[2] for text in classifiers if "Python :: 3." in text]
-    assert named == ["3.10", "3.11", "3.12", "3.13"]
+    assert named == ["3.10", "3.11", "3.12", "3.13", "3.14"]
     requires = SpecifierSet(setup["options"]["python_requires"])
-    tried = ["3.9.18", "3.10.0", "3.11.7", "3.12.1", "3.13.9", "3.14.0", "4.0.0"]
-    assert list(requires.filter(tried)) == tried[1:5]
-    assert "torch>=2.6,<3" in setup["options"]["install_requires"].split()
+    tried = ["3.9.18", "3.10.0", "3.11.7", "3.12.1", "3.13.9", "3.14.0", "3.15.2", "4.0.0"]
+    assert list(requires.filter(tried)) == tried[1:]
+    extras = setup["options.extras_require"]
+    stated = [setup["options"]["install_requires"], extras["higher"], extras["torchopt"]]
+    lines = {line for text in stated for line in text.splitlines()}
+    for package, (oldest, _) in checks.TESTED.items():
+        assert f"{package}>={'.'.join(map(str, oldest))}" in lines  # without a cap
 
 
 def test_types_are_shipped() -> None:
