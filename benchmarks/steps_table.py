@@ -59,7 +59,8 @@ def write_report(out: Path, arguments: list[str]) -> str:
         for file in sorted(out.glob("steps-*/runs/*/records.jsonl"))
         for line in file.read_text().splitlines()
     ]
-    records.sort(key=lambda r: (r["row"], r["settings"]["steps"], r["seed"]))
+    order = list(LINES)
+    records.sort(key=lambda r: (order.index(r["row"]), r["settings"]["steps"], r["seed"]))
     (out / "evaluations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     tests = [(number, r) for number, r in enumerate(records, 1) if r["kind"] == "test"]
     text = table(tests, arguments) if tests else "No run has ended yet.\n"

@@ -219,7 +219,7 @@ def test_too_few_characters(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds \['pictures'\], expected an array named 'images'"):
         few_shot.load(tmp_path / "other.npz")
     Image.new("1", (105, 105)).save(characters(tmp_path) / "1.png")
-    with pytest.raises(ValueError, match="holds 1 folders named character.*Omniglot has 1623"):
+    with pytest.raises(ValueError, match=r"holds 1 folders named character.*Omniglot has 1623"):
         few_shot.load(tmp_path)
 
 

@@ -69,10 +69,11 @@ class FewShotData:
         """Returns in a line or a few what was read."""
         parts = []
         for part, images in zip(PARTS, (self.train, self.val, self.test), strict=True):
-            counts = (
-                images.counts if isinstance(images, Images) else [images.shape[1]] * len(images)
-            )
-            parts.append(f"{part} {len(counts):,} classes ({sum(counts):,} images)")
+            if isinstance(images, Images):
+                parts.append(f"{part} {len(images.names)} classes ({sum(images.counts):,} images)")
+            else:
+                characters, drawings = images.shape[:2]
+                parts.append(f"{part} {characters:,} characters ({characters * drawings:,} images)")
         first = f"read {self.title}: {', '.join(parts)}"
         return "\n".join([first, *self.notes])
 

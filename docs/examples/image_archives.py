@@ -141,7 +141,7 @@ def _rows(file: Path, parts: Sequence[str | None]) -> list[Row]:
 def _array(file: Path, name: str) -> np.ndarray | None:
     """Returns an array of the archive, None if it has no such array."""
     try:
-        with np.load(file) as archive:
+        with file.open("rb") as stream, np.load(stream) as archive:
             return archive.get(name)
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
         raise ValueError(
@@ -156,7 +156,7 @@ def shape_of_images(file: Path) -> tuple[tuple[int, ...], np.dtype]:
         ValueError: if there is no such array, or the file cannot be read.
     """
     try:
-        with np.load(file) as archive:
+        with file.open("rb") as stream, np.load(stream) as archive:
             if "images" not in archive:
                 raise KeyError(f"it holds {list(archive)}, expected an array named 'images'")
         with zipfile.ZipFile(file) as archive, archive.open("images.npy") as array:
