@@ -16,6 +16,7 @@ away in turn). What each function says when its part is missing is in its docstr
   ``_buffers``, ``_modules``: refused.
 - ``operators``: ``_foreach_addcmul``: one after the other. Operators that no documentation names:
   closed forms are left out. The names of graph nodes: torch's own message comes, later.
+  ``_version`` of a tensor: it counts as written to.
   ``_cuda_clearCublasWorkspaces``: CUDA graphs may share a workspace.
 - ``trees``: ``torch.utils._pytree``: tuples, lists and dicts alone are taken apart.
 
@@ -25,6 +26,7 @@ torch's own layers override as ours do.
 
 from mamlpp_ext.torch_private.modules import held, is_batch_norm, keeps_statistics
 from mamlpp_ext.torch_private.operators import (
+    changes_of,
     forget_workspaces,
     has_operators,
     missing_derivatives,
@@ -53,6 +55,7 @@ from mamlpp_ext.torch_private.watchers import (
 )
 
 __all__ = [
+    "changes_of",
     "flatten_tree",
     "forget_workspaces",
     "forward_mode_active",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -68,6 +69,14 @@ def _said_by(node: Any) -> str:
         except RuntimeError as error:
             return str(error).removesuffix(" is not implemented").removeprefix("derivative for ")
     return str(node.name())
+
+
+_NEVER = itertools.count(-1, -1)
+
+
+def changes_of(tensor: Tensor) -> int:
+    """Returns how often it was written to; missing: another number each time, as if just now."""
+    return int(getattr(tensor, "_version", next(_NEVER)))
 
 
 def forget_workspaces() -> None:
