@@ -203,6 +203,15 @@ def test_nodes_of_other_names() -> None:
     assert torch_private.missing_derivatives([None, leaf, leaf * 2]) == []
 
 
+def test_changes_of_a_tensor() -> None:
+    tensor = torch.zeros(1)
+    before = torch_private.changes_of(tensor)
+    assert torch_private.changes_of(tensor) == before
+    assert torch_private.changes_of(tensor.add_(1)) != before
+    without = SimpleNamespace()
+    assert torch_private.changes_of(without) != torch_private.changes_of(without)
+
+
 def test_the_quick_apply(whole: Results, monkeypatch: Any) -> None:
     whole.update(whole or results())
     monkeypatch.setattr(torch_private, "quick_apply", lambda function: None)
@@ -298,7 +307,7 @@ def test_no_other_file_names_a_private_part_of_torch() -> None:
 
 def test_every_private_part_is_taken_away_in_some_test() -> None:
     taken = {name for part in PARTS for name in part.split(".")} | OF_EVERY_MODULE
-    taken.add("_getframe")  # of sys
+    taken |= {"_version", "_getframe"}  # of tensors, and of sys
     for path, tree in _trees():
         if path.startswith("torch_private"):
             missing = set(_names(tree)) - taken - set(_defined(tree))

@@ -16,8 +16,8 @@ away in turn). What each function says when its part is missing is in its docstr
   ``_buffers``, ``_modules``: refused.
 - ``operators``: ``_foreach_addcmul``: one after the other. Operators that no documentation names:
   closed forms are left out. The names of graph nodes: torch's own message comes, later.
-  ``_version`` of a tensor: it counts as written to.
-  ``_cuda_clearCublasWorkspaces``: CUDA graphs may share a workspace.
+  ``_version`` of a tensor: it counts as written to. ``_cuda_clearCublasWorkspaces``: CUDA graphs
+  may share a workspace.
 - ``trees``: ``torch.utils._pytree``: tuples, lists and dicts alone are taken apart.
 
 Elsewhere in the package no private name of torch stands but ``_load_from_state_dict``, which

@@ -21,6 +21,7 @@ _OPERATORS = (
     "native_batch_norm_backward",
     "threshold_backward",
 )
+_NEVER = itertools.count(-1, -1)
 
 
 @cache
@@ -69,9 +70,6 @@ def _said_by(node: Any) -> str:
         except RuntimeError as error:
             return str(error).removesuffix(" is not implemented").removeprefix("derivative for ")
     return str(node.name())
-
-
-_NEVER = itertools.count(-1, -1)
 
 
 def changes_of(tensor: Tensor) -> int:
