@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import mamlpp_ext as mpp
 from mamlpp_ext.norm import run
 from random_forwards import CHANNELS, OPS, Forward, Scaling, make, tasks, torchs
-from test_forwards import assert_equal, outcome
+from test_forwards import assert_as_in_torch, outcome
 
 pytest.importorskip("higher")
 pytest.importorskip("torchopt")
@@ -56,16 +56,7 @@ def computed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def agree(plan: Forward, path: str, second_order: bool) -> None:
-    reference = "by vmap" if path in ("task_batch", "rematerialised") else "torch"
-    try:
-        expected, log = outcome(reference, plan, second_order)
-    except RuntimeError:  # torch's own vmap cannot take the view in the backward
-        assert reference == "by vmap"
-        assert "own_function" in plan.ops[0]
-        pytest.skip("torch refuses it, too")
-    found, ours = outcome(path, plan, second_order)
-    assert_equal(found[:-1], expected[:-1])
-    assert [entry for entry in ours if entry not in log] == []
+    assert_as_in_torch(path, plan, second_order, outcome("torch", plan, second_order))
 
 
 @pytest.mark.parametrize("second_order", [True, False])

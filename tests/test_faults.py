@@ -187,7 +187,13 @@ def test_a_failure_anywhere_leaves_no_trace(
     def run(model: nn.Module, rates: mpp.LSLR) -> Tensor:
         return LOOPS[kind](model, rates, task, cross_entropy(trip), second_order)
 
-    expected = run(*wired(net, lslr, trip))
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):  # a batch of tasks tries vmap first, the first time
+        trip.arm(None)
+        expected = run(model, rates)
+        model.load_state_dict(before)
+        for p in [*model.parameters(), *rates.parameters()]:
+            p.grad = None
     places = trip.passed
     assert {"forward", "loss", "backward", "update"} <= set(places)
     assert places.count("forward") >= 4 * STEPS  # two wires, support and target
@@ -200,6 +206,33 @@ def test_a_failure_anywhere_leaves_no_trace(
                 p.grad = None  # an outer backward cut short has filled some, as ever in torch
     trip.arm(None)
     torch.testing.assert_close(run(model, rates), expected)  # as if nothing had been
+
+
+@pytest.mark.parametrize("second_order", [True, False], ids=["second", "first"])
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_a_failure_while_vmap_is_tried(
+    net: nn.Module, lslr: mpp.LSLR, task: Task, unchanged: Any, error: Any, second_order: bool
+) -> None:
+    """It is raised, or in words if it may be vmap's; what it was tried on is as before."""
+    trip = Trip()
+
+    def run(model: nn.Module, rates: mpp.LSLR) -> Tensor:
+        return LOOPS["task_batch"](model, rates, task, cross_entropy(trip), second_order)
+
+    model, rates = wired(net, lslr, trip)
+    expected = run(model, rates)
+    count = len(trip.passed)
+    trip.arm(None)
+    run(model, rates)
+    assert count > len(trip.passed)
+    for at in range(count - len(trip.passed)):
+        model, rates = wired(net, lslr, trip)
+        trip.arm(at, error)
+        with unchanged(model), unchanged(rates), pytest.raises((error, RuntimeError)) as info:
+            run(model, rates)
+        assert isinstance(info.value, error) or isinstance(info.value.__cause__, error)
+        trip.arm(None)
+        torch.testing.assert_close(run(model, rates), expected)
 
 
 def test_a_plain_loop_counts_the_forwards_that_happened(

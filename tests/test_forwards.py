@@ -165,6 +165,34 @@ def assert_equal(found: Any, expected: Any) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * scale, msg=name)
 
 
+def assert_as_in_torch(path: str, plan: Forward, second_order: bool, expected: Any) -> None:
+    """Values are those of each task alone, or vmap's are not and that was said; layouts torch's."""
+    at_once = path in ("task_batch", "rematerialised")
+    try:
+        found, ours = outcome(path, plan, second_order)
+    except RuntimeError as error:
+        if not at_once or "pass chunk_size=1" not in str(error):
+            raise
+        assert not vmap_agrees(plan, second_order, expected[0])
+        return
+    assert_equal(found, expected[0])
+    log = outcome("by vmap", plan, second_order)[1] if at_once else expected[1]
+    if path == "rematerialised":  # calls some forwards again
+        assert [entry for entry in ours[-len(log) :] if entry not in log] == []
+    else:  # a batch of tasks tries a step before
+        assert ours[-len(log) :] == log
+
+
+def vmap_agrees(plan: Forward, second_order: bool, expected: Any) -> bool:
+    """Returns whether torch's vmap computes with torch's layers what each task has alone."""
+    try:
+        found, _ = outcome("by vmap", plan, second_order)
+        assert_equal(found[:-1], expected[:-1])
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # some of vmap's rules
 @settings(max_examples=DEEP or 100)
 @given(st.data(), st.sampled_from([*list(LOOPS)[:3], *BATCHES]), st.booleans())
@@ -174,20 +202,11 @@ def test_a_forward_means_what_it_means_in_torch(data, path, second_order) -> Non
     if path == "higher":
         plan = dataclasses.replace(plan, hook=None)  # it drops them, with or without us
     event(f"{path}, {'second' if second_order else 'first'} order")
-    reference = "by vmap" if path in ("task_batch", "rematerialised") else "torch"
     try:
-        expected, log = outcome(reference, plan, second_order)
+        expected = outcome("torch", plan, second_order)
     except RuntimeError:  # torch refuses it, too: a write to what a backward needs, a view
         assume(False)
     with pytest.MonkeyPatch.context() as patch:
         for name, least in zip(THRESHOLDS, plan.least, strict=True):
             patch.setattr(run, name, least)
-        found, ours = outcome(path, plan, second_order)
-    *gradients, statistics = found
-    assert_equal(gradients, expected[:-1])
-    if reference == "torch":
-        assert_equal([statistics], expected[-1:])
-    if path == "rematerialised":  # calls some forwards again
-        assert [entry for entry in ours if entry not in log] == []
-    else:
-        assert ours == log
+        assert_as_in_torch(path, plan, second_order, expected)

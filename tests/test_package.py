@@ -35,7 +35,7 @@ SIGNATURES = {
         "PerStepBatchNorm2d": PER_STEP,
         "PerStepBatchNorm3d": PER_STEP,
         "TaskBatchLoss": "model lslr loss_fn *num_steps *aggregate *rematerialize "
-        "*chunk_size *all_step_losses *process_group *cuda_graph",
+        "*chunk_size *all_step_losses *process_group *cuda_graph *inner_loss_fn",
         "TaskBatchResult": "loss step_losses logits",
         "at_step": "module step",
         "check_setup": "module lslr meta_optimizer *multi_step_loss *derivative_order "
@@ -45,7 +45,7 @@ SIGNATURES = {
         "inner_steps": "module num_steps *second_order",
         "multi_step_loss_weights": "num_steps epoch anneal_epochs",
         "task_batch_loss": "model lslr batch loss_fn *num_steps *aggregate *second_order "
-        "*rematerialize *chunk_size *all_step_losses *process_group",
+        "*rematerialize *chunk_size *all_step_losses *process_group *inner_loss_fn",
     },
     "mamlpp_ext.integrations.higher": {
         "DifferentiableLSLR": "other args kwargs",

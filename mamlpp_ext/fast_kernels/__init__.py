@@ -1,6 +1,6 @@
-"""Torch's layers with closed-form derivatives, for the second order that torch is slow in.
+"""Torch's layers in second order: closed forms where it is slow, other kernels where it has none.
 
-Functions of tensors: they know nothing of modules, rows or inner steps.
+Functions of tensors: they know nothing of rows or inner steps.
 """
 
 from mamlpp_ext.fast_kernels.batch_norm import batch_normalize, batch_normalize_into
@@ -11,6 +11,7 @@ from mamlpp_ext.fast_kernels.norm_act_pool import activate_pool, normalize_activ
 from mamlpp_ext.fast_kernels.norm_act_pool_kernels import Layers
 from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference, normalize
 from mamlpp_ext.fast_kernels.quick_function import QuickFunction, save
+from mamlpp_ext.fast_kernels.second_order import check_second_derivatives, twice_differentiable
 
 __all__ = [
     "Geometry",
@@ -21,11 +22,13 @@ __all__ = [
     "batch_normalize",
     "batch_normalize_into",
     "batch_normalize_reference",
+    "check_second_derivatives",
     "convolve",
     "in_default_layout",
     "normalize",
     "normalize_activate_pool",
     "save",
     "statistics_dtype",
+    "twice_differentiable",
     "with_default_gradient",
 ]

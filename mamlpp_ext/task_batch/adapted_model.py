@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mamlpp_ext.checks import listing
+from mamlpp_ext.fast_kernels import twice_differentiable
 from mamlpp_ext.lslr import LSLR, checked_lslr
-from mamlpp_ext.steps import checked_counters
+from mamlpp_ext.steps import BatchStatistics, checked_counters, fixed_at, with_order
+from mamlpp_ext.torch_private import held, transforms_active
 
 Params = dict[str, Tensor]
 
@@ -47,9 +51,92 @@ class AdaptedModel:
         self.places = _places(model, self.initial)
 
     def __call__(self, adapted: Params, x: Any) -> Any:
-        """Returns what the model returns for ``x`` with the adapted tensors in place."""
+        """Returns ``model(x)``, ``model(*x)`` of a tuple or ``model(**x)`` of a dict."""
         placed = {place: adapted[name] for place, name in self.places.items()}
-        return functional_call(self.model, placed, (x,), tie_weights=False)
+        args, kwargs = (x if isinstance(x, tuple) else (x,)), None
+        if isinstance(x, dict):
+            args, kwargs = (), x
+        with _padding_without_index(self.model, placed):
+            return functional_call(self.model, placed, args, kwargs, tie_weights=False)
+
+    @contextmanager
+    def at(self, step: int, second_order: bool) -> Iterator[None]:
+        """Runs the forwards inside the ``with`` block at a step, by kernels for this order."""
+        counters = self.counters
+        with fixed_at(counters, step), with_order(counters, second_order):
+            with twice_differentiable(self.model, second_order=second_order):
+                yield
+
+    def initial_of(self, tasks: int, *, alone: bool) -> Params:
+        """Returns the initial weights for each of so many tasks; for one ``alone`` without T.
+
+        Never the parameters themselves: what ``loss_fn`` reads of the model is not adapted.
+        """
+        if alone:
+            return {name: p.view_as(p) for name, p in self.initial.items()}
+        return {name: p.expand(tasks, *p.shape) for name, p in self.initial.items()}
+
+    def gradients(
+        self, losses: Tensor, adapted: Params, with_graph: bool
+    ) -> dict[str, Tensor | None]:
+        """Returns the gradients of the losses, each by its own task's tensors."""
+        # No loss depends on another task's weights: the sum's gradient is each one's.
+        wanted = [adapted[name] for name in self.adapting]  # not those frozen since
+        found = torch.autograd.grad(
+            losses.sum(), wanted, create_graph=with_graph, allow_unused=True
+        )
+        return {**dict.fromkeys(adapted), **dict(zip(self.adapting, found, strict=True))}
+
+    @contextmanager
+    def collecting(self, statistics: BatchStatistics) -> Iterator[None]:
+        """Has the layers collect their batch statistics instead of writing them."""
+        try:
+            for counter in self.counters:
+                counter.collected = statistics
+            yield
+        finally:
+            for counter in self.counters:
+                counter.collected = None
+
+    def _buffers(self) -> list[tuple[dict[str, Any], str, Any]]:
+        own = [held(module, "buffers") for module in self.modules]
+        return [(buffers, name, b) for buffers in own for name, b in buffers.items()]
+
+    @contextmanager
+    def unchanged_buffers(self) -> Iterator[None]:
+        """Refuses a forward that puts another tensor in a buffer's place, as of a vmap's inside.
+
+        Raises:
+            RuntimeError: if it does; the buffers are as they were.
+        """
+        before = self._buffers()
+        try:
+            yield
+        finally:
+            changed = [name for held, name, buffer in before if held.get(name) is not buffer]
+            for held, name, buffer in before if changed else ():
+                held[name] = buffer
+        if changed:
+            raise RuntimeError(
+                f"the forward assigns the buffers {listing(changed)}, and of several tasks at "
+                "once none can leave its own behind for the next; pass chunk_size=1 to run the "
+                "tasks one by one"
+            )
+
+    @contextmanager
+    def restored_buffers(self) -> Iterator[None]:
+        """Puts the buffers back as they were, values and tensors."""
+        before = [
+            (*place, None if place[2] is None else place[2].clone()) for place in self._buffers()
+        ]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for held, name, buffer, value in before:
+                    held[name] = buffer
+                    if buffer is not None:
+                        buffer.copy_(value)
 
     def learned_outside(self) -> list[Tensor]:
         """Returns the model's parameters that the outer loop alone learns."""
@@ -62,6 +149,29 @@ class AdaptedModel:
         return tuple(module.training for module in self.modules), frozen
 
 
+@contextmanager
+def _padding_without_index(model: nn.Module, placed: Params) -> Iterator[None]:
+    """Within vmap, lets no gradient reach the padding of embeddings by other means than torch's.
+
+    Its rule (2.13) makes one table of all tasks', of which it spares the first one's row alone.
+    """
+    padded = []
+    for path, layer in model.named_modules() if transforms_active() else ():
+        place = f"{path}.weight" if path else "weight"
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None and place in placed:
+            padded.append((layer, layer.padding_idx))
+            weight = placed[place]
+            rows = torch.arange(len(weight), device=weight.device).unsqueeze(1)
+            placed[place] = torch.where(rows == layer.padding_idx, weight.detach(), weight)
+    try:
+        for layer, _ in padded:
+            layer.padding_idx = None
+        yield
+    finally:
+        for layer, index in padded:
+            layer.padding_idx = index
+
+
 def _places(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns every place that holds one of ``params``, and under which name it goes.
 
@@ -72,6 +182,6 @@ def _places(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
     return {
         f"{path}.{key}" if path else key: names[id(p)]
         for path, module in model.named_modules()  # a shared module comes once
-        for key, p in module._parameters.items()
+        for key, p in held(module, "parameters").items()
         if id(p) in names
     }

@@ -19,21 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.task_batch.chunks import with_gradients
+from mamlpp_ext.torch_private import forget_workspaces, held
 
-Compute = Callable[[Any, Any], Sequence[Tensor]]
+Compute = Callable[[Any, Any], tuple[Sequence[Tensor], Any]]
 
 
 class Captured:
     """A module's loss and gradients for tasks of one shape, captured.
 
     Args:
-        compute: ``(module, batch)`` to a tuple of tensors, the loss first.
+        compute: ``(module, tensors)`` to tensors, the loss first, and anything else.
         module: what it is called with, or rather with a copy of.
         batch: tasks, on a GPU.
         key: what is fixed in it, for whoever holds it to compare.
 
     Attributes:
         twin: the copy. It has to live as long: what else it holds is read by the graph.
+        rebuild: what else ``compute`` returned.
 
     Raises:
         RuntimeError: if something in it waits for the GPU. Nothing has changed then.
@@ -48,7 +50,7 @@ class Captured:
         wanted = [t for t in (*twin.parameters(), *self.inputs) if t.requires_grad]
 
         def run() -> tuple[list[Tensor], list[Tensor | None]]:
-            outputs = compute(twin, self.inputs)
+            outputs, self.rebuild = compute(twin, self.inputs)
             grads: Any = [None] * len(wanted)
             if outputs[0].requires_grad:
                 grads = torch.autograd.grad(outputs[0], wanted, allow_unused=True)
@@ -125,11 +127,11 @@ def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             run()  # torch's libraries set themselves up
             _run_without_waiting(run)
         graph = torch.cuda.CUDAGraph()
-        _forget_workspaces()
+        forget_workspaces()
         # Of this thread alone: one that pins the memory of the next batch would end the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = run()
-        _forget_workspaces()
+        forget_workspaces()
     return graph.replay, outputs
 
 
@@ -142,17 +144,6 @@ def _on_a_side_stream() -> Iterator[None]:
             yield
     finally:
         torch.cuda.current_stream().wait_stream(stream)
-
-
-def _forget_workspaces() -> None:
-    """Lets torch make new workspaces of its libraries for each stream.
-
-    It keeps one for every stream, 67 MB. A graph is to have its own, in its own memory: one that it
-    shared with another graph would be gone with that.
-    """
-    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if forget is not None:
-        forget()
 
 
 def _run_without_waiting(run: Callable[[], Any]) -> None:
@@ -198,7 +189,7 @@ def _twin(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for layer in module.modules():
         others = [v for v in vars(layer).values() if isinstance(v, Tensor) or callable(v)]
-        memo.update({id(value): value for value in (*layer._buffers.values(), *others)})
+        memo.update({id(value): value for value in (*held(layer, "buffers").values(), *others)})
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
     return copy.deepcopy(module, memo)

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mamlpp_ext.steps import BatchStatistics
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel, Params
+from mamlpp_ext.task_batch.batch import Tasks
 from mamlpp_ext.task_batch.chunks import differentiated, distinct
 from mamlpp_ext.task_batch.rematerialize import OutputMemory, rematerialized
 from mamlpp_ext.task_batch.settings import Settings
-from mamlpp_ext.task_batch.step import TaskStep
+from mamlpp_ext.task_batch.step import TaskStep, Way
+from mamlpp_ext.task_batch.ways import alone
+
+
+class Outcome(NamedTuple):
+    """What adapting to some tasks has come to.
+
+    Attributes:
+        step_losses: [T, num_steps].
+        outputs: the tensors of the last output, each [T, Q, ...].
+        rebuild: makes an output of such tensors.
+        statistics: what the layers measured.
+    """
+
+    step_losses: Tensor
+    outputs: list[Tensor]
+    rebuild: Callable[[Sequence[Any]], Any]
+    statistics: BatchStatistics
 
 
 class TaskLoop:
@@ -22,85 +42,95 @@ class TaskLoop:
     Args:
         model: what is adapted.
         settings: how.
-        batch: all tasks.
+        tasks: all of them.
     """
 
-    def __init__(self, model: AdaptedModel, settings: Settings, batch: tuple[Tensor, ...]) -> None:
+    def __init__(self, model: AdaptedModel, settings: Settings, tasks: Tasks) -> None:
         self.model, self.settings = model, settings
         self.counted = settings.counted_steps()
-        self.early = settings.target_gradients_early and _gains_by_early_gradients(model, batch)
+        read = [t for t in tasks.tensors if t.requires_grad]
+        self.early = settings.target_gradients_early and _gains_by_early_gradients(model, read)
         rates = [p for p in model.lslr.parameters() if p.requires_grad]
         self.learned = [*model.learned_outside(), *rates, *settings.learned()]
         # Read in eval mode; in the list, changing them before the backward is an error.
-        read = [b for m in model.modules if not m.training for b in m.buffers(recurse=False)]
-        self.captured = distinct([*self.learned, *read])
+        buffers = [b for m in model.modules if not m.training for b in m.buffers(recurse=False)]
+        self.captured = distinct([*self.learned, *buffers])
 
-    def run(self, data: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, BatchStatistics]:
-        """Returns the step losses [T, num_steps], the last logits [T, Q, ...] and statistics."""
-        single = len(data[0]) == 1  # then vmap would only cost
-        adapted = self._initial(len(data[0]))
-        if single:
-            data = tuple(tensor[0] for tensor in data)
+    def run(self, tasks: Tasks, way: Way) -> Outcome:
+        """Adapts to some tasks, ``alone`` to one."""
+        adapted = self.model.initial_of(len(tasks), alone=way is alone)
+        if way is alone:
+            tasks = tasks.single()
         losses: list[Tensor | None] = []
         statistics: BatchStatistics = []
         memory = self._memory(adapted)
-        captured = [*self.captured, *(tensor for tensor in data if tensor.requires_grad)]
         for step, counts in enumerate(self.counted):
             # The last step's graph is kept: the backward begins with it.
             last = step == len(self.counted) - 1
             kept_in = None if last else memory
-            one_step = TaskStep(self.model, self.settings, step, data, single)
-            if memory is None or not self.settings.second_order:
-                outputs = one_step.adapt(*adapted.values())  # inner gradients have no graph
-            else:
-                outputs = rematerialized(one_step.adapt, (*adapted.values(),), captured, kept_in)
-            adapted = dict(zip(adapted, outputs, strict=False))
-            statistics += one_step.statistics_of(outputs[len(adapted) :])
+            one_step = TaskStep(self.model, self.settings, step, tasks, way)
+            updated, seen = self._adapt(one_step, adapted, memory, kept_in)
+            adapted = dict(zip(adapted, updated, strict=True))
+            statistics += seen
             if not (counts or last or self.settings.all_step_losses):
                 losses.append(None)
                 continue
-            inputs = (*adapted.values(),)
-            if not (counts and torch.is_grad_enabled()):
-                with torch.no_grad():
-                    outputs = one_step.target(*inputs)
-            else:
-                outputs = self._target(one_step, inputs, captured, memory, kept_in)
-            statistics += one_step.statistics_of(outputs[2:])
-            loss, logits = (t.unsqueeze(0) for t in outputs[:2]) if single else outputs[:2]
+            loss, seen, outputs = self._target(one_step, adapted, counts, memory, kept_in)
+            statistics += seen
             losses.append(loss)
         if memory is not None:  # or they hold the graph of rebuilt steps, and all of the memory
             statistics = [(at, m.detach().clone(), v.detach().clone()) for at, m, v in statistics]
             memory.blocks.clear()  # from now on each lives as long as what it holds
         nothing = torch.full_like(loss, math.nan)
-        found = [nothing if loss is None else loss for loss in losses]
-        return torch.stack(found, dim=1), logits, statistics
+        found = torch.stack([nothing if loss is None else loss for loss in losses], dim=1)
+        return Outcome(found, outputs, one_step.rebuild, statistics)
 
-    def _initial(self, tasks: int) -> Params:
-        """Returns the initial weights for each task; for one alone without T.
-
-        Never the parameters themselves: what ``loss_fn`` reads of the model is not adapted.
-        """
-        initial = self.model.initial
-        if tasks == 1:
-            return {name: p.view_as(p) for name, p in initial.items()}
-        return {name: p.expand(tasks, *p.shape) for name, p in initial.items()}
+    def _adapt(
+        self,
+        one_step: TaskStep,
+        adapted: Params,
+        memory: OutputMemory | None,
+        kept_in: OutputMemory | None,
+    ) -> tuple[tuple[Tensor, ...], BatchStatistics]:
+        """Returns the updated tensors and the statistics."""
+        inputs = (*adapted.values(),)
+        if memory is None or not self.settings.second_order:
+            found = one_step.adapt(*inputs)  # inner gradients have no graph
+        else:
+            captured = self._captured_by(one_step)
+            found = rematerialized(one_step.adapt, inputs, captured, kept_in)
+        return found[: len(inputs)], placed(one_step, found[len(inputs) :])
 
     def _target(
         self,
         one_step: TaskStep,
-        inputs: tuple[Tensor, ...],
-        captured: list[Tensor],
+        adapted: Params,
+        counts: bool,
         memory: OutputMemory | None,
         kept_in: OutputMemory | None,
-    ) -> tuple[Tensor, ...]:
-        """Returns the step's target losses, whose gradients are asked for, logits, statistics."""
-        if self.early:
+    ) -> tuple[Tensor, BatchStatistics, list[Tensor]]:
+        """Returns the step's target losses [T], the statistics and the tensors of the outputs."""
+        inputs, captured = (*adapted.values(),), self._captured_by(one_step)
+        if not (counts and torch.is_grad_enabled()):
+            with torch.no_grad():
+                found = one_step.target(*inputs)
+        elif self.early:
             keep = None if memory is None else memory.put
             target = partial(one_step.target, differentiated_once=True)
-            return differentiated(target, inputs, captured, keep)
-        if memory is not None:
-            return rematerialized(one_step.target, inputs, captured, kept_in)
-        return one_step.target(*inputs)
+            found = differentiated(target, inputs, captured, keep)
+        elif memory is not None:
+            found = rematerialized(one_step.target, inputs, captured, kept_in)
+        else:
+            found = one_step.target(*inputs)
+        count = 1 + 2 * len(one_step.places)
+        statistics = placed(one_step, found[1:count])
+        loss, *outputs = (
+            t.unsqueeze(0) if one_step.way is alone else t for t in (found[0], *found[count:])
+        )
+        return loss, statistics, outputs
+
+    def _captured_by(self, one_step: TaskStep) -> list[Tensor]:
+        return [*self.captured, *(t for t in one_step.tasks.tensors if t.requires_grad)]
 
     def _memory(self, adapted: Params) -> OutputMemory | None:
         """Returns where what is kept of steps that will be rebuilt lies; None if none will be."""
@@ -113,16 +143,22 @@ class TaskLoop:
         )
         return OutputMemory(round(1.1 * times * sum(tensor.numel() for tensor in adapted.values())))
 
-    def learned_from(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
+    def learned_from(self, tasks: Tasks) -> list[Tensor]:
         """Returns every tensor that the meta-loss is differentiated by."""
         initial = self.model.initial.values()
-        return [t for t in (*initial, *self.learned, *batch) if t.requires_grad]
+        return [t for t in (*initial, *self.learned, *tasks.tensors) if t.requires_grad]
 
 
-def _gains_by_early_gradients(model: AdaptedModel, batch: tuple[Tensor, ...]) -> bool:
+def placed(one_step: TaskStep, statistics: tuple[Tensor, ...]) -> BatchStatistics:
+    """Returns what was measured, of T tasks each, with its layer and row."""
+    of_all = [t.unsqueeze(0) for t in statistics] if one_step.way is alone else statistics
+    return [*zip(one_step.places, of_all[::2], of_all[1::2], strict=True)]
+
+
+def _gains_by_early_gradients(model: AdaptedModel, read: list[Tensor]) -> bool:
     """Returns whether gradients of target losses may be kept in place of the losses' graphs."""
     initial = list(model.initial.values())
-    others = [t for t in (*model.learned_outside(), *batch) if t.requires_grad]
+    others = [*model.learned_outside(), *read]
     kind = initial[0].device.type
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     if half or any(t.dtype == torch.float16 for t in (*initial, *others)):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from mamlpp_ext.checks import checked_count
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import BatchStatistics
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel
-from mamlpp_ext.task_batch.batch import Batch, check_batch, in_chunks
+from mamlpp_ext.task_batch.batch import Batch, Tasks, checked_batch
 from mamlpp_ext.task_batch.chunks import added_up
 from mamlpp_ext.task_batch.gather import gathered
-from mamlpp_ext.task_batch.loop import TaskLoop
+from mamlpp_ext.task_batch.loop import Outcome, TaskLoop
 from mamlpp_ext.task_batch.settings import Aggregate, Loss, Settings
+from mamlpp_ext.task_batch.trial import way_for
+from mamlpp_ext.task_batch.ways import alone
+from mamlpp_ext.torch_private import keeps_statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,12 +30,13 @@ class TaskBatchResult(NamedTuple):
     Attributes:
         loss: the meta-loss, mean over tasks, shape []; the one to call ``backward`` on.
         step_losses: the target loss after each inner step, [T, num_steps], detached.
-        logits: the target outputs after the last inner step, [T, Q, ...], detached.
+        logits: the target outputs after the last inner step, detached: [T, Q, ...], or a tree of
+            such, as the model returns it.
     """
 
     loss: Tensor
     step_losses: Tensor
-    logits: Tensor
+    logits: Any
 
 
 def task_batch_loss(
@@ -49,6 +52,7 @@ def task_batch_loss(
     chunk_size: int | None = None,
     all_step_losses: bool = True,
     process_group: ProcessGroup | None = None,
+    inner_loss_fn: Loss | None = None,
 ) -> TaskBatchResult:
     """Adapts to a meta-batch of tasks at once and returns the meta-loss.
 
@@ -57,12 +61,18 @@ def task_batch_loss(
     per-step layers are updated once it succeeds, as T tasks in turn would have left them. Random
     layers (dropout) draw anew for every task. Under ``torch.no_grad()`` it evaluates.
 
+    The first time that a model is given, a step of two tasks is run by vmap and of each alone, and
+    has to come to the same. What vmap has no right rule for is so refused, not computed wrongly.
+
     Args:
         model: the model; its parameters are the initial weights and are not changed.
         lslr: the rates; they decide what is adapted.
         batch: support inputs [T, S, ...], support labels [T, S, ...], target inputs [T, Q, ...],
-            target labels [T, Q, ...].
-        loss_fn: ``(logits, labels) -> 0-dim loss`` of one task, e.g. ``F.cross_entropy``. If it is
+            target labels [T, Q, ...]. Inputs of several tensors are a tuple, for ``model(*x)``, or
+            a dict, for ``model(**x)``; labels may be any tree that ``torch.utils._pytree`` knows,
+            or a dataclass. In such each tensor has the tasks in dimension 0, whatever follows.
+        loss_fn: ``(output, labels) -> 0-dim loss`` of one task, e.g. ``F.cross_entropy``; it gets
+            the output as the model returns it. If it is
             a module, its parameters are learned as the model's are. What it reads of the model
             itself are the initial weights, not a task's (weight decay of the adapted ones takes a
             loop with :meth:`LSLR.update`).
@@ -87,15 +97,18 @@ def task_batch_loss(
             their forwards, which then leave no statistics either; in ``step_losses`` they are NaN.
         process_group: processes that each have as many tasks of one meta-batch; their statistics
             are gathered, so that each is left with those of all. None: this process alone.
+        inner_loss_fn: ``(output, y_support) -> 0-dim loss`` to adapt by where it is another than
+            ``loss_fn``, which then measures the targets alone; its parameters are learned, too.
 
     Returns:
         The meta-loss, the step losses and the last logits.
 
     Raises:
-        RuntimeError: if the model does what vmap cannot run (``chunk_size=1`` goes without), or in
+        RuntimeError: if the model does what vmap cannot run or computes wrongly (``chunk_size=1``
+            goes without), if torch has no second derivative of it, or in
             ``torch.inference_mode()``.
-        TypeError: if a count is not a whole number, an argument of another kind, or the model or
-            ``loss_fn`` does not return a tensor.
+        TypeError: if a count is not a whole number, an argument of another kind, or ``loss_fn``
+            does not return a tensor.
         ValueError: if shapes do not agree, the loss is not 0-dim or ``aggregate`` returns anything
             but [T], a step is out of range, the rates are another model's or all frozen, or the
             model has a BatchNorm or InstanceNorm of torch's with running statistics, which vmap
@@ -115,28 +128,42 @@ def task_batch_loss(
         Antoniou et al., "How to train your MAML", ICLR 2019, section 4; the loop is that of MAML.
     """
     settings = Settings(
-        loss_fn, num_steps, aggregate, second_order, rematerialize, all_step_losses
+        loss_fn,
+        num_steps,
+        aggregate,
+        second_order,
+        rematerialize,
+        all_step_losses,
+        inner_loss_fn,
     ).checked()
-    tasks = check_batch(batch)
-    size = tasks if chunk_size is None else checked_count("chunk_size", chunk_size)
+    tasks = checked_batch(batch)
+    size = len(tasks) if chunk_size is None else checked_count("chunk_size", chunk_size)
     _check_model(model)
-    settings = settings._replace(chunked=size < tasks)
-    loop = TaskLoop(AdaptedModel(model, lslr, settings.num_steps), settings, batch)
-    done: list[tuple[Tensor, Tensor, BatchStatistics]] = []
-
-    def loss_of(part: Batch) -> Tensor:
-        step_losses, logits, statistics = loop.run(part)
-        done.append((step_losses.detach(), logits.detach(), statistics))
-        return settings.loss_of_tasks(step_losses).mean() * (len(step_losses) / tasks)
-
-    losses = map(loss_of, in_chunks(batch, size))  # one after the other, none of them kept
-    if settings.chunked and torch.is_grad_enabled():
-        loss = added_up(losses, loop.learned_from(batch))
-    else:
-        loss = torch.stack(list(losses)).sum()
-    all_losses, all_logits, statistics = zip(*done, strict=True)
+    settings = settings._replace(chunked=size < len(tasks))
+    adapted = AdaptedModel(model, lslr, settings.num_steps)
+    loop = TaskLoop(adapted, settings, tasks)
+    loss, done = _learned_from(tasks, min(size, len(tasks)), loop)
+    statistics = tuple(found.statistics for found in done)
     _commit(statistics if process_group is None else gathered(statistics, process_group))
-    return TaskBatchResult(loss, torch.cat(all_losses), torch.cat(all_logits))
+    outputs = zip(*(found.outputs for found in done), strict=True)
+    logits = done[0].rebuild([torch.cat(parts) for parts in outputs])
+    return TaskBatchResult(loss, torch.cat([found.step_losses for found in done]), logits)
+
+
+def _learned_from(tasks: Tasks, size: int, loop: TaskLoop) -> tuple[Tensor, list[Outcome]]:
+    """Returns the meta-loss, with its graph or its gradients, and what each chunk came to."""
+    way = way_for(loop.model, loop.settings, tasks, size)
+    done: list[Outcome] = []
+
+    def loss_of(part: Tasks) -> Tensor:
+        found = loop.run(part, way if len(part) > 1 else alone)
+        done.append(found._replace(step_losses=found.step_losses.detach()))
+        return loop.settings.loss_of_tasks(found.step_losses).mean() * (len(part) / len(tasks))
+
+    losses = map(loss_of, tasks.in_chunks(size))  # one after the other, none of them kept
+    if loop.settings.chunked and torch.is_grad_enabled():
+        return added_up(losses, loop.learned_from(tasks)), done
+    return torch.stack(list(losses)).sum(), done
 
 
 @torch.no_grad()
@@ -159,7 +186,7 @@ def _check_model(model: nn.Module) -> None:
             "under torch.no_grad() instead"
         )
     for name, layer in model.named_modules():
-        if isinstance(layer, _NormBase) and layer.running_mean is not None:
+        if keeps_statistics(layer):
             raise ValueError(
                 f"layer '{name}' ({type(layer).__name__}) keeps running statistics, which vmap "
                 "cannot update; convert the model with convert_batchnorm(model, num_steps), to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from mamlpp_ext.lslr import LSLR, checked_lslr
 from mamlpp_ext.schedules import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import step_counters
-from mamlpp_ext.task_batch.batch import Batch, check_batch
+from mamlpp_ext.task_batch.batch import Batch, Rebuild, Tasks, checked_batch
 from mamlpp_ext.task_batch.cuda_graph import (
     Captured,
     check_on_one_gpu,
@@ -20,6 +21,7 @@ from mamlpp_ext.task_batch.cuda_graph import (
 )
 from mamlpp_ext.task_batch.loss import TaskBatchResult, task_batch_loss
 from mamlpp_ext.task_batch.settings import Aggregate, Loss
+from mamlpp_ext.task_batch.trees import taken_apart
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,11 +56,12 @@ class TaskBatchLoss(nn.Module):
             of a :class:`MultiStepLoss`, train and eval, other shapes, an attribute of a layer)
             captures anew, which takes some tenths of a second. Whatever else the model,
             ``loss_fn`` or ``aggregate`` read, such as globals and torch's own settings, is fixed
-            when it is captured; their Python and hooks run then alone, three times, on a copy of
+            when it is captured; their Python and hooks run then alone, a few times, on a copy of
             the model. They may not wait for the GPU (``.item()``). Gradients are limited as with
             ``rematerialize``. Not together with that, nor with ``process_group``: in
             ``DistributedDataParallel`` gradients are averaged, and every process keeps, or takes
             from the first, statistics of its share.
+        inner_loss_fn: as in :func:`task_batch_loss`.
 
     Raises:
         TypeError: if ``lslr`` is no :class:`LSLR`.
@@ -93,6 +96,7 @@ class TaskBatchLoss(nn.Module):
         all_step_losses: bool = True,
         process_group: ProcessGroup | None = None,
         cuda_graph: bool = False,
+        inner_loss_fn: Loss | None = None,
     ) -> None:
         super().__init__()
         if cuda_graph and (rematerialize or process_group is not None):
@@ -107,24 +111,26 @@ class TaskBatchLoss(nn.Module):
         self.rematerialize, self.chunk_size = rematerialize, chunk_size
         self.all_step_losses, self.process_group = all_step_losses, process_group
         self.cuda_graph = cuda_graph
+        self.inner_loss_fn = inner_loss_fn
         self._captured: Captured | None = None
 
     def forward(
         self,
-        x_support: Tensor,
-        y_support: Tensor,
-        x_target: Tensor,
-        y_target: Tensor,
+        x_support: Any,
+        y_support: Any,
+        x_target: Any,
+        y_target: Any,
         *,
         second_order: bool = True,
     ) -> TaskBatchResult:
         """Adapts to a meta-batch and returns its loss, step losses and logits.
 
         Args:
-            x_support: support inputs, [T, S, ...].
-            y_support: support labels, [T, S, ...].
-            x_target: target inputs, [T, Q, ...].
-            y_target: target labels, [T, Q, ...].
+            x_support: support inputs, [T, S, ...], a tuple for ``model(*x)`` or a dict for
+                ``model(**x)``.
+            y_support: support labels, [T, S, ...], or a tree of such.
+            x_target: target inputs, [T, Q, ...], likewise.
+            y_target: target labels, [T, Q, ...], likewise.
             second_order: whether to differentiate through the inner gradients, such as
                 ``da.second_order``.
 
@@ -155,19 +161,32 @@ class TaskBatchLoss(nn.Module):
             chunk_size=self.chunk_size,
             all_step_losses=self.all_step_losses,
             process_group=self.process_group,
+            inner_loss_fn=self.inner_loss_fn,
         )
 
     def _replayed(self, batch: Batch, second_order: bool) -> TaskBatchResult:
-        check_batch(batch)
-        check_on_one_gpu(self, batch)
+        tasks = checked_batch(batch)
+        check_on_one_gpu(self, tasks.tensors)
         frozen = [counter.frozen for counter in step_counters(self)]
-        functions = [_what_it_does(function) for function in (self.loss_fn, self.aggregate)]
-        key = (second_order, frozen, functions, *graph_key(self, batch))
+        used = (self.loss_fn, self.inner_loss_fn, self.aggregate)
+        structures = [examples.structure for examples in tasks]
+        functions = [_what_it_does(function) for function in used]
+        key = (second_order, frozen, functions, structures, *graph_key(self, tasks.tensors))
         if self._captured is None or self._captured.key != key:
             self._captured = None  # or its memory is still taken when the next is captured
-            compute = partial(TaskBatchLoss._computed, second_order=second_order)
-            self._captured = Captured(compute, self, batch, key)
-        return TaskBatchResult(*self._captured(self, batch))
+            compute = partial(_computed_tree, tasks, second_order)
+            self._captured = Captured(compute, self, tasks.tensors, key)
+        loss, step_losses, *outputs = self._captured(self, tasks.tensors)
+        return TaskBatchResult(loss, step_losses, self._captured.rebuild(outputs))
+
+
+def _computed_tree(
+    tasks: Tasks, second_order: bool, module: TaskBatchLoss, tensors: Sequence[Tensor]
+) -> tuple[list[Tensor], Rebuild]:
+    """Returns what the module computes, as tensors, and what makes its output of the others."""
+    result = module._computed(tasks.of(tensors).batch(), second_order=second_order)
+    outputs = taken_apart(result.logits, outputs=True)
+    return [result.loss, result.step_losses, *outputs.tensors], outputs.rebuild
 
 
 def _what_it_does(function: Any) -> tuple[Any, ...]:

@@ -68,25 +68,28 @@ class _Rematerialized(torch.autograd.Function):
     def forward(
         ctx: Any, run: Callable[..., Any], count: int, memory: OutputMemory | None, *tensors: Tensor
     ) -> Any:
-        ctx.run, ctx.count, ctx.kept = run, count, None
+        ctx.run, ctx.count, ctx.kept, ctx.total = run, count, None, len(tensors)
         kind = tensors[0].device.type
         ctx.devices = sorted({t.get_device() for t in tensors if t.is_cuda})
         ctx.random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, ctx.devices)]
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         if memory is None:
+            ctx.save_for_backward(*tensors)
             with torch.enable_grad():
                 inputs = detached(tensors[:count])
                 ctx.kept = inputs, run(*inputs)
             return tuple(output.detach() for output in ctx.kept[1])
-        return tuple(map(memory.put, run(*tensors[:count])))
+        outputs = tuple(map(memory.put, run(*tensors[:count])))
+        ctx.save_for_backward(*tensors, *outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         tensors = ctx.saved_tensors
         (inputs, outputs), ctx.kept = ctx.kept or _again(ctx), None  # a second backward runs again
+        tensors = tensors[: ctx.total]
         # The captured tensors enter as they are: `run` holds these very objects.
         targets = [*inputs, *tensors[ctx.count :]]
         wanted = [t for t in targets if t.requires_grad]
@@ -108,7 +111,27 @@ def _again(ctx: Any) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         torch.set_rng_state(ctx.random[0])
         for device, state in zip(ctx.devices, ctx.random[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
-        return inputs, ctx.run(*inputs)
+        outputs = ctx.run(*inputs)
+        _check_the_same(outputs, ctx.saved_tensors[ctx.total :])
+        return inputs, outputs
+
+
+@torch.no_grad()
+def _check_the_same(outputs: Sequence[Tensor], first: Sequence[Tensor]) -> None:
+    """Says if a second run has come to something else than the first, by more than rounding."""
+    for again, before in zip(outputs, first, strict=False):
+        if not before.is_floating_point() or not before.numel():
+            continue
+        apart, largest = (again - before).abs().max(), before.abs().max()
+        if apart > 100 * torch.finfo(before.dtype).eps ** 0.5 * largest:
+            raise RuntimeError(
+                "the backward of a rematerialised task_batch_loss has run a step's forward again "
+                f"and come to something else: {float(apart):.2g} apart where the largest is "
+                f"{float(largest):.2g}. It depends on what has changed since (numbers drawn by "
+                "another generator than torch's, a counter, a context that is closed); keep that "
+                "as it was until the backward, or pass rematerialize=False (chunk_size saves "
+                "memory, too)"
+            )
 
 
 def detached(tensors: Sequence[Tensor]) -> list[Tensor]:

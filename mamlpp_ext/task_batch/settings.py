@@ -10,8 +10,14 @@ from torch import Tensor, nn
 from mamlpp_ext.checks import checked_count, checked_order
 from mamlpp_ext.schedules import FinalStepLoss, MultiStepLoss
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 Aggregate = Callable[[Tensor], Tensor]
+
+_EXAMPLES = {
+    "loss_fn": "a function such as torch.nn.functional.cross_entropy",
+    "inner_loss_fn": "a function such as torch.nn.functional.cross_entropy, or None for loss_fn",
+    "aggregate": "MultiStepLoss(...) or None",
+}
 
 
 class Settings(NamedTuple):
@@ -24,6 +30,7 @@ class Settings(NamedTuple):
         second_order: whether to differentiate through the inner gradients.
         rematerialize: whether steps are rebuilt in the backward.
         all_step_losses: whether target losses that do not count are computed, too.
+        inner_loss_fn: the support loss of one task; None for ``loss_fn``.
         chunked: whether tasks are taken in several chunks.
     """
 
@@ -33,6 +40,7 @@ class Settings(NamedTuple):
     second_order: bool
     rematerialize: bool
     all_step_losses: bool
+    inner_loss_fn: Loss | None = None
     chunked: bool = False
 
     def checked(self) -> Settings:
@@ -44,12 +52,12 @@ class Settings(NamedTuple):
         """
         num_steps = checked_count("num_steps", self.num_steps)
         second_order = checked_order(self.second_order)
-        for name, function in (("loss_fn", self.loss_fn), ("aggregate", self.aggregate)):
+        for name in ("loss_fn", "inner_loss_fn", "aggregate"):
+            function = getattr(self, name)
             if not callable(function) and (name == "loss_fn" or function is not None):
                 raise TypeError(
                     f"{name} must be callable, got {function!r} of type {type(function).__name__}; "
-                    "pass a function such as torch.nn.functional.cross_entropy"
-                    + (", MultiStepLoss(...) or None" if name == "aggregate" else "")
+                    f"pass {_EXAMPLES[name]}"
                 )
         aggregate = self.aggregate
         if isinstance(aggregate, MultiStepLoss) and aggregate.num_steps != num_steps:
@@ -102,6 +110,6 @@ class Settings(NamedTuple):
 
     def learned(self) -> list[Tensor]:
         """Returns the parameters of the functions that are modules."""
-        functions = (self.loss_fn, self.aggregate)
+        functions = (self.loss_fn, self.inner_loss_fn, self.aggregate)
         every = (p for f in functions if isinstance(f, nn.Module) for p in f.parameters())
         return [p for p in every if p.requires_grad]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
-from mamlpp_ext.steps import BatchStatistics, fixed_at, with_order
+from mamlpp_ext.steps import BatchStatistics
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel, Params
-from mamlpp_ext.task_batch.settings import Settings
+from mamlpp_ext.task_batch.batch import Examples, Tasks
+from mamlpp_ext.task_batch.replay import Replay
+from mamlpp_ext.task_batch.settings import Loss, Settings
+from mamlpp_ext.task_batch.trees import taken_apart
+
+# Runs a function of (adapted, *tensors) of a model for all tasks at once, or for one.
+Way = Callable[..., Any]
 
 
 class TaskStep:
@@ -20,11 +27,12 @@ class TaskStep:
         model: what is adapted.
         settings: how.
         step: the inner step, 0-based.
-        data: support inputs and labels, target inputs and labels.
-        single: whether that is one task, here and below without the dimension T.
+        tasks: of one task without the dimension T, here and below.
+        way: how a forward runs for all of them.
 
     Attributes:
         places: the layer and row of each batch statistic that the last call returned.
+        rebuild: makes the last call's output again of its tensors.
     """
 
     def __init__(
@@ -32,17 +40,23 @@ class TaskStep:
         model: AdaptedModel,
         settings: Settings,
         step: int,
-        data: tuple[Tensor, ...],
-        single: bool,
+        tasks: Tasks,
+        way: Way,
     ) -> None:
-        self.model, self.settings, self.step, self.single = model, settings, step, single
-        self.support, self.queried = data[:2], data[2:]
+        self.model, self.settings, self.step = model, settings, step
+        self.tasks, self.way = tasks, way
         self.mode = model.mode()
+        self.replays = [Replay(model.modules) for _ in range(2)] if settings.rematerialize else []
         self.places: list[tuple[nn.Module, int]] = []
+        self.rebuild: Callable[[Sequence[Any]], Any] = tuple
 
     def adapt(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Returns the updated tensors and the statistics."""
         self._begin()
+        with self.replays[0]() if self.replays else nullcontext():
+            return self._adapt(*tensors)
+
+    def _adapt(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         adapted = dict(zip(self.model.initial, tensors, strict=True))
         tracked = torch.is_grad_enabled()
         if not tracked:  # evaluation, or a step whose graph is rebuilt later
@@ -50,28 +64,31 @@ class TaskStep:
             adapted = {
                 name: t.detach().requires_grad_(name in learning) for name, t in adapted.items()
             }
-        counters, order = self.model.counters, tracked and self.settings.second_order
-        with fixed_at(counters, self.step), with_order(counters, order):
+        order = tracked and self.settings.second_order
+        with self.model.at(self.step, order):
             with torch.enable_grad():
-                losses, (_, seen) = self._forward(adapted, self.support)
-                grads = self._gradients(losses, adapted, order)
+                losses, _, seen = self.support_losses(adapted)
+                grads = self.model.gradients(losses, adapted, order)
             updated = self.model.lslr.update(adapted, grads, self.step)
         return *updated.values(), *seen
 
     def target(self, *tensors: Tensor, differentiated_once: bool = False) -> tuple[Tensor, ...]:
-        """Returns the losses [T], the logits [T, Q, ...] and the statistics."""
+        """Returns the losses [T], the statistics, and the tensors of the outputs [T, Q, ...]."""
         self._begin()
+        with self.replays[1]() if self.replays else nullcontext():
+            return self._target(tensors, differentiated_once)
+
+    def _target(self, tensors: tuple[Tensor, ...], differentiated_once: bool) -> tuple[Tensor, ...]:
         updated = dict(zip(self.model.initial, tensors, strict=True))
         further = torch.is_grad_enabled() and not differentiated_once
-        counters, order = self.model.counters, further and self.settings.second_order
-        with fixed_at(counters, self.step), with_order(counters, order):
-            losses, (logits, seen) = self._forward(updated, self.queried)
-        return losses, logits.detach(), *seen
+        with self.model.at(self.step, further and self.settings.second_order):
+            losses, outputs, seen = self._losses(updated, self.tasks.target, self.settings.loss_fn)
+        return losses, *seen, *(output.detach() for output in outputs)
 
-    def statistics_of(self, found: tuple[Tensor, ...]) -> BatchStatistics:
-        """Returns the statistics of the last call, of T tasks each, with their places."""
-        of_all = [t.unsqueeze(0) for t in found] if self.single else found
-        return [*zip(self.places, of_all[::2], of_all[1::2], strict=True)]
+    def support_losses(self, adapted: Params) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Returns the support losses [T], the tensors of the outputs, and the statistics."""
+        loss_fn = self.settings.inner_loss_fn or self.settings.loss_fn
+        return self._losses(adapted, self.tasks.support, loss_fn)
 
     def _begin(self) -> None:
         if self.model.mode() != self.mode:  # rebuilding the step would compute something else
@@ -81,58 +98,30 @@ class TaskStep:
             )
         self.places = []
 
-    def _gradients(
-        self, losses: Tensor, adapted: Params, with_graph: bool
-    ) -> dict[str, Tensor | None]:
-        # No loss depends on another task's weights: the sum's gradient is each one's.
-        names = self.model.adapting  # not those frozen since
-        wanted = [adapted[name] for name in names]
-        found = torch.autograd.grad(
-            losses.sum(), wanted, create_graph=with_graph, allow_unused=True
-        )
-        return {**dict.fromkeys(adapted), **dict(zip(names, found, strict=True))}
+    def _losses(
+        self, adapted: Params, examples: Examples, loss_fn: Loss
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Returns the loss, the tensors of the output, and the statistics of each task."""
 
-    def _forward(
-        self, adapted: Params, data: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-        if self.single:
-            return self._loss(adapted, *data)
-        try:
-            return vmap(self._loss, randomness="different")(adapted, *data)
-        except RuntimeError as error:
-            if "vmap" not in str(error) and "Batching rule" not in str(error):
-                raise
-            raise RuntimeError(
-                f"{error}\nThe model or loss_fn does something that torch.func.vmap cannot run "
-                "for several tasks at once; pass chunk_size=1 to run them one by one"
-            ) from error
+        def one_task(adapted: Params, *tensors: Tensor) -> tuple[Tensor, list[Tensor], list[Any]]:
+            x, y = examples.made_of(tensors)
+            statistics: BatchStatistics = []
+            with self.model.collecting(statistics):
+                output = self.model(adapted, x)
+                loss = loss_fn(output, y)
+            _check_loss(loss)
+            tree = taken_apart(output, outputs=True)
+            self.rebuild = tree.rebuild
+            self.places += [place for place, _, _ in statistics]
+            return loss, tree.tensors, [value for _, *values in statistics for value in values]
 
-    def _loss(
-        self, adapted: Params, x: Tensor, y: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-        statistics: BatchStatistics = []
-        for counter in self.model.counters:
-            counter.collected = statistics
-        try:
-            logits = self.model(adapted, x)
-            loss = self.settings.loss_fn(logits, y)
-        finally:
-            for counter in self.model.counters:
-                counter.collected = None
-        _check_outputs(loss, logits)
-        self.places += [place for place, _, _ in statistics]
-        return loss, (logits, [value for _, *values in statistics for value in values])
+        return self.way(self.model, one_task, adapted, *examples.tensors)  # type: ignore[no-any-return]
 
 
-def _check_outputs(loss: Any, logits: Any) -> None:
+def _check_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.dim():
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise (ValueError if isinstance(loss, Tensor) else TypeError)(
             f"loss_fn must return one 0-dim tensor for a task, got {got}; reduce it, e.g. with "
             "reduction='mean'"
-        )
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the model must return one tensor, got {type(logits).__name__}; wrap it in a "
-            "module that picks the logits out"
         )

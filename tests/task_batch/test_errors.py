@@ -9,12 +9,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import mamlpp_ext as mpp
 from error_tables import (
     Net,
-    Pair,
     Row,
     Table,
     batch,
@@ -80,6 +79,50 @@ def among_others(net: Net, rank: int) -> None:
         run(net, process_group=object())
 
 
+class WritesIfContiguous(nn.Conv1d):
+    """A model whose feature map is contiguous, so that a write reaches it, but not within vmap."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 4, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        h = super().forward(input.unsqueeze(1))
+        h.contiguous().mul_(0.5)
+        return h
+
+
+class Counting(nn.Linear):
+    """A model that puts another tensor in a buffer's place."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.register_buffer("calls", torch.zeros(4))
+
+    def forward(self, input: Tensor) -> Tensor:
+        h = super().forward(input)
+        self.calls = self.calls + h.detach().mean(0)
+        return h
+
+
+class NoSecond(nn.Sequential):
+    """A model whose activation torch can differentiate once."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 4), nn.Hardsigmoid())
+
+
+class Changing(nn.Linear):
+    """A model whose loss grows with every call."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.calls = 0
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        return self.calls * logits.square().mean()
+
+
 TASK_BATCHES: dict[str, Row] = {
     "0 steps": (lambda n: run(n, num_steps=0), ValueError, ("num_steps", "at least 1", "got 0")),
     "1.5 steps": (lambda n: run(n, num_steps=1.5), TypeError, ("num_steps", "got 1.5")),
@@ -104,6 +147,21 @@ TASK_BATCHES: dict[str, Row] = {
         lambda n: run(n, data=[[1], [2], [3], [4]]),
         ValueError,
         ("y_target", "got ['list', 'list', 'list', 'list']", "stack the tasks"),
+    ),
+    "words": (
+        lambda n: run(n, data=[{"x": batch()[0], "how": "plain"}, *batch()[1:3], ["a"]]),
+        ValueError,
+        ("got ['dict of [(2, 4, 3)]', (2, 4), (2, 5, 3), 'list']", "tasks of y_target"),
+    ),
+    "another number of tasks in a part": (
+        lambda n: run(n, data=[(batch()[0], batch(3)[0]), *batch()[1:]]),
+        ValueError,
+        ("tasks in dimension 0", "'x_support[0]': 2, 'x_support[1]': 3"),
+    ),
+    "inner loss by name": (
+        lambda n: run(n, inner_loss_fn="mse"),
+        TypeError,
+        ("inner_loss_fn must be callable", "got 'mse' of type str", "or None for loss_fn"),
     ),
     "one task alone": (
         lambda n: run(n, data=[part[0] for part in batch()]),
@@ -188,7 +246,7 @@ TASK_BATCHES: dict[str, Row] = {
     "what vmap cannot run": (
         lambda n: run(n, loss=lambda a, b: a.sum() * a.sum().item()),
         RuntimeError,
-        (".item()", "torch.func.vmap cannot run", "chunk_size=1"),
+        ("vmap cannot run something in it", ".item()", "chunk_size=1"),
     ),
     "everything frozen since": (
         all_frozen_since,
@@ -241,11 +299,35 @@ CUDA_GRAPHS: dict[str, Row] = {
     ),
 }
 OTHER_MODELS: Table = {
-    "task batch of two outputs": (
-        Pair,
-        lambda n: run(n, loss=lambda pair, labels: pair[0].sum()),
-        TypeError,
-        ("must return one tensor, got tuple", "wrap it"),
+    "what vmap computes wrongly": (
+        WritesIfContiguous,
+        lambda n: run(n, loss=lambda a, b: a.square().mean()),
+        RuntimeError,
+        ("vmap computes something else than each task alone", "apart", "chunk_size=1"),
+    ),
+    "a buffer that the forward assigns": (
+        Counting,
+        lambda n: run(n, loss=lambda a, b: a.square().mean()),
+        RuntimeError,
+        ("assigns the buffers 'calls'", "chunk_size=1"),
+    ),
+    "no second derivative": (
+        NoSecond,
+        lambda n: run(n, loss=lambda a, b: a.square().mean()),
+        RuntimeError,
+        ("no second derivative", "hardsigmoid_backward", "second_order=False", "F.relu6(x + 3)"),
+    ),
+    "no second derivative, one by one": (
+        NoSecond,
+        lambda n: run(n, loss=lambda a, b: a.square().mean(), chunk_size=1),
+        RuntimeError,
+        ("no second derivative", "hardsigmoid_backward", "second_order=False"),
+    ),
+    "something else in the backward": (
+        Changing,
+        lambda n: run(n, loss=n.loss, rematerialize=True).loss.backward(),
+        RuntimeError,
+        ("run a step's forward again", "something else", "rematerialize=False"),
     ),
     "task batch of a plain BatchNorm": (
         plain,

@@ -304,6 +304,8 @@ def test_a_failing_aggregate_leaves_no_trace(
 def test_a_failing_backward_leaves_the_step_alone(
     net: nn.Module, lslr: mpp.LSLR, tasks: Any
 ) -> None:
+    # The first time a model is seen, vmap is tried on it.
+    mpp.task_batch_loss(net, lslr, tasks, counting(99), num_steps=3, rematerialize=True)
     fails = counting(7)  # six calls in the forward; the second in rebuilding two steps
     loss = mpp.task_batch_loss(net, lslr, tasks, fails, num_steps=3, rematerialize=True).loss
     counts = net.norm.num_batches_tracked.clone()

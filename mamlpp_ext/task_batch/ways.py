@@ -1,0 +1,46 @@
+"""How a forward of one task runs for several: for one alone, by vmap, or by vmap of a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.func import vjp, vmap
+
+from mamlpp_ext.task_batch.adapted_model import AdaptedModel
+
+
+def alone(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs it for one task, without the dimension T."""
+    return function(*args)
+
+
+def by_vmap(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs it for all tasks at once."""
+    with model.unchanged_buffers(), _without_fast_path():
+        return vmap(function, randomness="different")(*args)
+
+
+def by_vmap_of_gradient(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs it for all tasks at once, as if each would be differentiated there.
+
+    For what vmap has no rule for as a whole (2.13: recurrent layers) a gradient takes it apart.
+    """
+
+    def differentiable(adapted: Any, *others: Any) -> Any:
+        return vjp(lambda tensors: function(tensors, *others), adapted)[0]
+
+    return by_vmap(model, differentiable, *args)
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    # Encoder layers in eval mode take it where they see no gradient, as within vmap; it has none.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
