@@ -25,15 +25,15 @@ def make_model():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
 """
 IMPORT_TIME = """
-import subprocess, sys, time
+import subprocess, sys
 
-def seconds(code):
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return time.perf_counter() - begin
-
-pairs = [(seconds("import torch"), seconds("import torch, mamlpp_ext")) for _ in range(21)][1:]
-added = sorted(1000 * (both - torch) for torch, both in pairs)[len(pairs) // 2]
+code = (
+    "import time, torch; begin = time.perf_counter(); "
+    "import mamlpp_ext; print(time.perf_counter() - begin)"
+)
+command = [sys.executable, "-c", code]
+runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(9)]
+added = sorted(1000 * float(run.stdout) for run in runs)[len(runs) // 2]
 print(f"import mamlpp_ext adds {added:.0f} ms to import torch")
 sys.exit(added > 50)
 """
