@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import check_version, checked_loss, checked_order
+from mamlpp_ext.fast_kernels import twice_differentiable
 from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.integrations.lslr_optimizer import LSLROptimizer
 from mamlpp_ext.lslr import LSLR
@@ -191,6 +192,7 @@ def innerloop_ctx(
         exclusive(net),
         steps_restored(counters),
         with_order(counters, second_order and track_higher_grads),
+        twice_differentiable(net, second_order=second_order and track_higher_grads),
         higher.innerloop_ctx(
             net,
             optimizer,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import check_version, checked_loss, checked_order
+from mamlpp_ext.fast_kernels import twice_differentiable
 from mamlpp_ext.integrations.buffers import buffers_kept_on_error
 from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.lslr import LSLR, checked_lslr
@@ -163,8 +164,7 @@ class MetaLSLR(torchopt.MetaOptimizer):
         self.lslr, self.second_order = lslr, second_order
         names = {id(p): name for name, p in parameters.items()}
         # A parameter tied to several places is adapted in all of them.
-        self._places: dict[str, list[tuple[dict[str, Any], str]]]
-        self._places = {name: [] for name in parameters}
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {n: [] for n in parameters}
         for module in net.modules():
             for key, p in (own := held(module, "parameters")).items():
                 if id(p) in names:
@@ -235,15 +235,15 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     Source:
         The update of :class:`~mamlpp_ext.LSLR`, in the manners of higher.
     """
-    inner_opt = MetaLSLR(net, lslr, checked_order(second_order))
+    inner_opt, counters = MetaLSLR(net, lslr, checked_order(second_order)), step_counters(net)
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
-    counters = step_counters(net)
     try:
         with (
             exclusive(net),
             buffers_kept_on_error(net),
             steps_restored(counters),
             with_order(counters, second_order),
+            twice_differentiable(net, second_order=second_order),
         ):
             yield inner_opt
     finally:

@@ -17,8 +17,9 @@ from mamlpp_ext.checks import (
     listing,
     select_row,
 )
+from mamlpp_ext.fast_kernels import check_second_derivatives
 from mamlpp_ext.lslr.adapted import Adapt, parameters_named, select_parameters
-from mamlpp_ext.lslr.update import descend
+from mamlpp_ext.lslr.update import check_shapes, descend
 
 
 class LSLR(nn.Module):
@@ -96,6 +97,7 @@ class LSLR(nn.Module):
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         rates = torch.full((len(self.names), self.num_steps), float(lr), dtype=dtype)
         self.rates = nn.Parameter(rates.to(like.device), requires_grad=learnable)
+        self._second_order_checked = False
 
     def update(
         self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], step: int
@@ -117,6 +119,8 @@ class LSLR(nn.Module):
             TypeError: if one of these is not a dict.
             ValueError: if ``step`` is out of range, or a gradient has another shape than its
                 parameter.
+            RuntimeError: if the gradients have a graph (``create_graph=True``) in which something
+                has no second derivative; looked for in the first update alone.
 
         Example:
             >>> net = torch.nn.Linear(2, 1)
@@ -130,11 +134,12 @@ class LSLR(nn.Module):
         column = self._column(step)
         present = [i for i, name in enumerate(self.names) if grads[name] is not None]
         names = [self.names[i] for i in present]
-        for name in names:
-            if grads[name].shape != params[name].shape:  # type: ignore[union-attr]
-                raise _other_shape(name, params[name], grads[name])  # type: ignore[arg-type]
-        rates = column if len(names) == len(self.names) else column[present]
         chosen: Any = [grads[name] for name in names]
+        check_shapes(names, params, chosen)
+        if not self._second_order_checked and any(grad.requires_grad for grad in chosen):
+            check_second_derivatives(chosen)
+            self._second_order_checked = True  # of the first step; it takes some 100 us
+        rates = column if len(names) == len(self.names) else column[present]
         adapted = descend([params[name] for name in names], chosen, rates)
         return {**params, **dict(zip(names, adapted, strict=True))}
 
@@ -239,10 +244,3 @@ def checked_lslr(lslr: Any) -> LSLR:
         )
     return lslr
 
-
-def _other_shape(name: str, param: Tensor, grad: Tensor) -> ValueError:
-    # Broadcasting would silently make the parameter another one.
-    return ValueError(
-        f"the gradient of '{name}' has shape {tuple(grad.shape)}, the parameter "
-        f"{tuple(param.shape)}; they must be equal, so pass the gradient of this very tensor"
-    )

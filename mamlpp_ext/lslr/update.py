@@ -8,7 +8,7 @@ form, with c the gradient that arrives at the updated tensor:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,23 @@ from torch import Tensor
 
 from mamlpp_ext.fast_kernels import QuickFunction, save
 from mamlpp_ext.torch_private import subtract_products, transforms_active
+
+
+def check_shapes(
+    names: Sequence[str], params: Mapping[str, Tensor], grads: Sequence[Tensor]
+) -> None:
+    """Says which gradient has another shape than its parameter.
+
+    Raises:
+        ValueError: if one has: broadcasting would silently make the parameter another one.
+    """
+    for name, grad in zip(names, grads, strict=True):
+        if grad.shape != params[name].shape:
+            raise ValueError(
+                f"the gradient of '{name}' has shape {tuple(grad.shape)}, the parameter "
+                f"{tuple(params[name].shape)}; they must be equal, so pass the gradient of this "
+                "very tensor"
+            )
 
 
 def descend(params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor) -> tuple[Tensor, ...]:
