@@ -243,4 +243,3 @@ def checked_lslr(lslr: Any) -> LSLR:
             "an inner optimizer: pass LSLR(model, num_steps, lr) (learnable=False fixes the rates)"
         )
     return lslr
-
