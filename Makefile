@@ -1,4 +1,4 @@
-# make demo   MAML against MAML++ on few-shot handwriting; make help lists what it takes
+# make demo   MAML against MAML++ on few-shot images; make help lists what it takes
 # make test   everything that has to pass; make quick: what to run while working
 # make test-deep   the property tests on many more random models
 # make docs   the documentation, in docs/_build
@@ -11,13 +11,17 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 flag = $(if $($(1)),--$(2) "$($(1))")
-DEMO_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) $(call flag,MINUTES,minutes) \
+switch = $(if $($(1)),--$(2))
+DEMO_FLAGS = $(call flag,DATA,data) $(call flag,SIZE,size) $(call switch,FLIP,flip) \
+	$(call switch,CACHE,cache) $(call flag,BACKEND,backend) $(call flag,MINUTES,minutes) \
 	$(call flag,WAYS,ways) $(call flag,SHOTS,shots) $(call flag,STEPS,steps) \
 	$(call flag,FILTERS,filters) $(call flag,SEED,seed) $(call flag,OUT,out)
 
-ABLATION_FLAGS = $(call flag,DATA,data) $(call flag,BACKEND,backend) \
-	$(call flag,MINUTES,minutes) $(call flag,WAYS,ways) $(call flag,SHOTS,shots) \
-	$(call flag,STEPS,steps) $(call flag,FILTERS,filters) $(call flag,OUT,out)
+ABLATION_FLAGS = $(call flag,DATA,data) $(call flag,SIZE,size) $(call switch,FLIP,flip) \
+	$(call switch,CACHE,cache) $(call flag,PRESET,preset) $(call flag,ENSEMBLE,ensemble) \
+	$(call flag,BACKEND,backend) $(call flag,MINUTES,minutes) $(call flag,WAYS,ways) \
+	$(call flag,SHOTS,shots) $(call flag,STEPS,steps) $(call flag,FILTERS,filters) \
+	$(call flag,OUT,out)
 
 QUICK = $(addprefix tests/,norm lslr schedules fast_kernels integrations test_steps.py \
 	test_errors.py test_check_setup.py test_house.py test_checkpoint.py test_first_order.py)
@@ -27,7 +31,10 @@ QUICK = $(addprefix tests/,norm lslr schedules fast_kernels integrations test_st
 
 help:
 	@echo 'make demo   trains MAML and MAML++ side by side and writes demo/ (about three minutes)'
-	@echo '            DATA=path         omniglot28.npz, or a folder with the PNGs of Omniglot'
+	@echo '            DATA=path         omniglot28.npz, a folder with the PNGs of Omniglot, or your own'
+	@echo '                              images: train/ val/ test/ with a folder for each class, class'
+	@echo '                              folders alone, or .npz files (ARGS=--help says which)'
+	@echo '            SIZE=84 FLIP=1 CACHE=1   of your images: one size, mirrored by chance, kept decoded'
 	@echo '            BACKEND=name      higher, torchopt or torch_func'
 	@echo '            MINUTES= WAYS= SHOTS= STEPS= FILTERS= SEED= OUT='
 	@echo '            ARGS="..."        further flags of docs/examples/demo.py (ARGS=--help)'
@@ -38,7 +45,10 @@ help:
 	@echo '            kept in .hypothesis/ and tried first the next time'
 	@echo 'make docs   writes docs/_build/index.html; warnings are errors'
 	@echo 'make ablation DATA=path   MAML, each part of MAML++ alone, all together; resumable, results in'
-	@echo '            ablation/; ARGS="..." goes to benchmarks/ablation.py (ARGS=--help)'
+	@echo '            ablation/; DATA=, SIZE=, FLIP= and CACHE= as above'
+	@echo '            PRESET=name       paper-mini-imagenet-5way-1shot, cifar-fs-5way-1shot, ...'
+	@echo '            ENSEMBLE=5        the five best models in validation together, as the paper has it'
+	@echo '            ARGS="..."        further flags of benchmarks/ablation.py (ARGS=--help)'
 	@echo 'make bench  speed and memory against MAML, into benchmarks/README.md (under ten minutes)'
 	@echo '            REFERENCE=path    a checkout of AntreasAntoniou/HowToTrainYourMAMLPytorch'
 	@echo '            ARGS="..."        further flags of benchmarks/compare.py (ARGS=--help)'
