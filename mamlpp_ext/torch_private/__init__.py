@@ -10,8 +10,8 @@ away in turn). What each function says when its part is missing is in its docstr
   ``forward_ad._current_level``: likewise; ``_set_fwd_grad_enabled``: forward mode is refused. The
   ``apply`` beneath ``autograd.Function``'s: that one.
 - ``watchers``: ``_current_graph_task_id``: the stack is read. ``_len_torch_function_stack``,
-  ``_len_torch_dispatch_stack``, ``_has_any_global_hook``, the hooks of a module,
-  ``_compiled_call_impl``: layers are called one by one.
+  ``_len_torch_dispatch_stack``, the hooks of a module and of all, ``_compiled_call_impl``: layers
+  are called one by one.
 - ``modules``: ``_BatchNorm``, ``_NormBase``: the layers with a public name. ``_parameters``,
   ``_buffers``, ``_modules``: refused.
 - ``operators``: ``_foreach_addcmul``: one after the other. Operators that no documentation names:
@@ -28,6 +28,7 @@ from mamlpp_ext.torch_private.modules import held, is_batch_norm, keeps_statisti
 from mamlpp_ext.torch_private.operators import (
     changes_of,
     forget_workspaces,
+    graph_names,
     has_operators,
     missing_derivatives,
     subtract_products,
@@ -61,6 +62,7 @@ __all__ = [
     "forward_mode_active",
     "forward_mode_enabled",
     "global_hooks",
+    "graph_names",
     "has_operators",
     "held",
     "in_backward",

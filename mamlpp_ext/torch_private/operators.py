@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -46,18 +46,23 @@ def missing_derivatives(grads: Iterable[Tensor | None]) -> list[str]:
 
     Missing, as the name of such nodes is torch's own: none; their backward then says so.
     """
+    return sorted({_said_by(node) for node in _graph(grads) if "NotImplemented" in node.name()})
+
+
+def graph_names(tensor: Tensor) -> set[str]:
+    """Returns what torch calls the functions behind a tensor."""
+    return {node.name() for node in _graph([tensor])}
+
+
+def _graph(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
     seen: set[Any] = set()
-    stack = [grad.grad_fn for grad in grads if grad is not None and grad.grad_fn is not None]
-    found = set()
+    stack: list[Any] = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
     while stack:
-        node: Any = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        stack += [following for following, _ in node.next_functions if following is not None]
-        if "NotImplemented" in node.name():
-            found.add(_said_by(node))
-    return sorted(found)
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions if following is not None]
+            yield node
 
 
 def _said_by(node: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
-# Hooks of one module, by the attributes that hold them.
+# Hooks of one module, by the attributes that hold them; of all, with _global before each.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -35,7 +35,7 @@ def modes_active() -> bool:
 
 def global_hooks() -> bool:
     """Returns whether hooks are registered on all modules; missing: True."""
-    return bool(getattr(_module, "_has_any_global_hook", lambda: True)())
+    return any(getattr(_module, f"_global{name}", True) for name in _HOOKS)
 
 
 def is_hooked(layer: nn.Module) -> bool:
