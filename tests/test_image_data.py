@@ -239,9 +239,7 @@ def test_unequal_numbers_are_all_drawn_from(tmp_path: Path) -> None:
 
 def test_photographs_are_not_turned(tmp_path: Path) -> None:
     images = uneven(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"6 ways need as many classes, there are 5 in train \(tra"
-    ):
+    with pytest.raises(ValueError, match=r"6 ways need .* there are 5 in train: train-0 has 3, .*"):
         few_shot.TaskSampler(images, 6, 1, 1, 1)
 
 
@@ -262,8 +260,8 @@ def test_flips_by_chance(tmp_path: Path) -> None:
 def test_too_few_images_say_of_which_class(tmp_path: Path) -> None:
     images = uneven(tmp_path)
     message = (
-        r"1 shots and 4 targets need 5 images of each class, train-0 has 3, train-1 has 3, "
-        r"train-2 has 3, train-3 has 3, of 5 classes in train"
+        r"1 shots and 4 targets need 5 images of each class in train: train-0 has 3, train-1 has 3,"
+        r" train-2 has 3, train-3 has 3$"
     )
     with pytest.raises(ValueError, match=message):
         few_shot.TaskSampler(images, 5, 1, 4, 1)
@@ -272,7 +270,7 @@ def test_too_few_images_say_of_which_class(tmp_path: Path) -> None:
 def test_a_long_list_of_classes_is_cut(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", images=array(25))
     images = few_shot.load(tmp_path / "mine.npz").train
-    with pytest.raises(ValueError, match=r"mine.* has 3 and 6 more have too few, of 16 classes"):
+    with pytest.raises(ValueError, match=r": mine.* has 3 and 6 more classes$"):
         few_shot.TaskSampler(images, 5, 1, 4, 1)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 import few_shot
 import image_data
 import image_files
+import image_store
 
 SIDE = 12
 
@@ -204,7 +205,18 @@ def test_nothing_readable(tmp_path: Path) -> None:
     for part in ("train", "val", "test"):
         (tmp_path / part / part).mkdir(parents=True)
         (tmp_path / part / part / "1.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"none of the images in .* can be read: 3 folders"):
+    message = (
+        r"has 3 folders \(train, val, test\) but 3 files \(train/train/1.png: not an image, .*"
+    )
+    with pytest.raises(ValueError, match=message):
+        few_shot.load(tmp_path)
+
+
+def test_folders_of_folders(tmp_path: Path) -> None:
+    folders(tmp_path / "photos")
+    with pytest.raises(
+        ValueError, match=r"has 1 folder \(photos\) but no images in them; a folder"
+    ):
         few_shot.load(tmp_path)
 
 
@@ -279,3 +291,12 @@ def test_where_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(image_data.os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match=r"--cache cannot write to .*; go without it"):
         few_shot.load(root, cache=True)
+
+
+def test_a_full_disk_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(image_store, "_write_images", full)
+    with pytest.raises(OSError, match=r"images.npy cannot be written: .*No space left.*TMPDIR"):
+        few_shot.load(folders(tmp_path))

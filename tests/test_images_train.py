@@ -127,7 +127,7 @@ REFUSED = [
     ),
     (
         ["--ways=5", "--targets=1"],
-        "1 shots and 15 targets need 16 images of each class, train-0 has",
+        "1 shots and 15 targets need 16 images of each class in train: ",
     ),
     (["--size=4"], "at least 8x8 is needed"),
     (["--size=0"], "--size must be above 0, got 0"),

@@ -135,11 +135,12 @@ def source_of(folder: Path, classes: list[ClassFolder], size: int | None) -> Sou
 
 
 def _nothing(folder: Path, classes: list[ClassFolder], unreadable: dict[Path, str]) -> str:
-    files = listed([f"{file}: {why}" for file, why in unreadable.items()], "file", "files")
+    names = listed([entry.name for entry in classes], "folder", "folders")
+    files = [f"{file.relative_to(folder)}: {why}" for file, why in unreadable.items()]
+    found = f"{listed(files, 'file', 'files')} cannot be read" if files else "no images in them"
     return (
-        f"none of the images in {folder} can be read: {len(classes)} folders, and of their files "
-        f"{files} are no images; a folder of images ({', '.join(sorted(SUFFIXES))}) is needed for "
-        "each class"
+        f"{folder} has {names} but {found}; a folder of images ({', '.join(sorted(SUFFIXES))}) is "
+        "needed for each class, or one in each of train/, val/ and test/"
     )
 
 

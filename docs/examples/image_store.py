@@ -111,6 +111,7 @@ def write(source: Source, file: Path, about: dict[str, Any]) -> Stored:
         about: added to the description.
 
     Raises:
+        OSError: if it cannot be written.
         ValueError: if a part has no class with images.
     """
     aside, description = file.with_name(f"{file.name}.{os.getpid()}.tmp"), file.with_suffix(".json")
@@ -123,6 +124,11 @@ def write(source: Source, file: Path, about: dict[str, Any]) -> Stored:
         classes = _split([entry for entry in found if entry[2]], source)
         description.unlink(missing_ok=True)  # a kill leaves no description of another file
         aside.replace(file)
+    except OSError as error:  # of writing: one of reading is noted, and the file skipped
+        raise OSError(
+            f"{file} cannot be written: {error}; TMPDIR names another place for temporary files, "
+            "and --size makes them smaller"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
     about = {**about, "name": source.name, "classes": classes, "notes": source.notes}

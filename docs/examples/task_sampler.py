@@ -65,24 +65,25 @@ class TaskSampler:
 
     def _check(self, images: Tensor | Images) -> None:
         needed, there = self.shots + self.targets, len(self.counts) * self.turns
-        where = "" if isinstance(images, Tensor) else f" in {images.part}"
-        if self.ways > there:
-            names = "" if isinstance(images, Tensor) else f" ({', '.join(images.names[:10])})"
+        enough = needed <= self.counts.min()
+        if isinstance(images, Tensor):
+            if self.ways > there:
+                raise ValueError(f"{self.ways} ways need as many classes, there are {there}")
+            if not enough:
+                raise ValueError(
+                    f"{self.shots} shots and {self.targets} targets need {needed} drawings of each "
+                    f"class, there are {images.shape[1]}"
+                )
+        elif self.ways > there:
             raise ValueError(
-                f"{self.ways} ways need as many classes, there are {there}{where}{names}"
+                f"{self.ways} ways need as many classes, there are {there} in {images.part}: "
+                f"{_named(images, max(images.counts))}"
             )
-        if needed <= self.counts.min():
-            return
-        few = f"there are {int(self.counts.min())}"
-        if not isinstance(images, Tensor):
-            pairs = zip(images.names, images.counts, strict=True)
-            small = [f"{name} has {count}" for name, count in pairs if count < needed]
-            rest = f" and {len(small) - 10} more have too few" if len(small) > 10 else ""
-            few = f"{', '.join(small[:10])}{rest}, of {there} classes{where}"
-        raise ValueError(
-            f"{self.shots} shots and {self.targets} targets need {needed} "
-            f"{'images' if where else 'drawings'} of each class, {few}"
-        )
+        elif not enough:
+            raise ValueError(
+                f"{self.shots} shots and {self.targets} targets need {needed} images of each class "
+                f"in {images.part}: {_named(images, needed - 1)}"
+            )
 
     def sample(self) -> Batch:
         """Returns the next batch: images with ink 1, labels 0 to ``ways - 1``."""
@@ -124,3 +125,10 @@ class TaskSampler:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.generator.set_state(state_dict["generator"])
+
+
+def _named(images: Images, most: int) -> str:
+    """Returns which classes have how many images, of those with ``most`` at most."""
+    pairs = zip(images.names, images.counts, strict=True)
+    small = [f"{name} has {count}" for name, count in pairs if count <= most]
+    return ", ".join(small[:10]) + (f" and {len(small) - 10} more classes" if small[10:] else "")
