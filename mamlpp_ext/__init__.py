@@ -14,7 +14,8 @@ from mamlpp_ext.checks import check_version
 check_version("mamlpp_ext", "torch", torch.__version__)
 
 from mamlpp_ext.check_setup import check_setup
-from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.fast_kernels import twice_differentiable
+from mamlpp_ext.lslr import LSLR, functional_call
 from mamlpp_ext.norm import (
     FusedSequential,
     PerStepBatchNorm1d,
@@ -49,7 +50,9 @@ __all__ = [
     "check_setup",
     "convert_batchnorm",
     "frozen_statistics",
+    "functional_call",
     "inner_steps",
     "multi_step_loss_weights",
     "task_batch_loss",
+    "twice_differentiable",
 ]

@@ -42,10 +42,12 @@ SIGNATURES = {
         "*meta_scheduler",
         "convert_batchnorm": "module num_steps *extra_steps",
         "frozen_statistics": "module",
+        "functional_call": "module params args kwargs",
         "inner_steps": "module num_steps *second_order",
         "multi_step_loss_weights": "num_steps epoch anneal_epochs",
         "task_batch_loss": "model lslr batch loss_fn *num_steps *aggregate *second_order "
         "*rematerialize *chunk_size *all_step_losses *process_group *inner_loss_fn",
+        "twice_differentiable": "module *second_order",
     },
     "mamlpp_ext.integrations.higher": {
         "DifferentiableLSLR": "other args kwargs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mamlpp_ext.torch_private import missing_derivatives
+
+# By a word of the operation, what can be differentiated twice in its place.
+_FORMS = {
+    "hardsigmoid": "F.relu6(x + 3) / 6",
+    "embedding_bag": "F.embedding(...).mean(1)",
+    "dist_backward": "(a[:, None] - b).square().sum(-1).sqrt()",
+    "functions with out=": "another layer (of torch's own, LocalResponseNorm for CrossMapLRN2d)",
+    "dot_product": "sdpa_kernel(SDPBackend.MATH) inside the forward",
+}
+# What some of them say themselves (2.13).
+_UNKNOWN = (
+    r"^the derivative for .* is not implemented|^derivative for .* is not implemented"
+    r"|^Trying to differentiate twice a function that was marked with @once_differentiable"
+    r"|functions with out=... arguments don't support automatic differentiation"
+)
 
 
 @contextmanager
@@ -27,6 +43,10 @@ def twice_differentiable(module: nn.Module, *, second_order: bool = True) -> Ite
         module: the model.
         second_order: whether gradients of gradients will be asked for; False changes nothing, so
             that ``da.second_order`` can be passed.
+
+    Raises:
+        RuntimeError: if torch has no second derivative of something in it, in other words than its
+            own.
 
     Example:
         >>> import torch
@@ -45,7 +65,12 @@ def twice_differentiable(module: nn.Module, *, second_order: bool = True) -> Ite
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if any(_takes_cudnn(layer) for layer in module.modules()):
                 stack.enter_context(_without_cudnn())
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if second_order and re.search(_UNKNOWN, str(error)):
+                raise _no_second_derivative(str(error).rstrip(".")) from error
+            raise
 
 
 def _takes_cudnn(layer: nn.Module) -> bool:
@@ -68,9 +93,13 @@ def check_second_derivatives(grads: Iterable[Tensor | None]) -> None:
     """
     missing = missing_derivatives(grads)
     if missing:
-        raise RuntimeError(
-            f"torch has no second derivative of what the model or its loss uses: {missing}; train "
-            "in first order (second_order=False), or compose it of operations that have one: "
-            "F.relu6(x + 3) / 6 for hardsigmoid, F.embedding(...).mean(1) for an EmbeddingBag, "
-            "sdpa_kernel(SDPBackend.MATH) inside the forward for attention"
-        )
+        raise _no_second_derivative(", ".join(missing))
+
+
+def _no_second_derivative(said: str) -> RuntimeError:
+    forms = [form for word, form in _FORMS.items() if word in said]
+    instead = f", or use {' and '.join(forms)} in its place" if forms else ""
+    return RuntimeError(
+        f"torch has no second derivative of what the model or its loss uses: {said}; train in "
+        f"first order (second_order=False){instead}"
+    )

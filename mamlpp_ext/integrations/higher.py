@@ -20,7 +20,7 @@ from mamlpp_ext.checks import check_version, checked_loss, checked_order
 from mamlpp_ext.fast_kernels import twice_differentiable
 from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.integrations.lslr_optimizer import LSLROptimizer
-from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.lslr import LSLR, support_gradients
 from mamlpp_ext.norm import FusedSequential
 from mamlpp_ext.steps import step_counters, steps_restored, with_order
 from mamlpp_ext.torch_private import held
@@ -131,10 +131,9 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
     def _grads(self, loss: Tensor, params: list[Tensor]) -> list[Any]:
         # higher's own step differentiates by every parameter, and without a graph of the gradients
         # it also cuts the updated weights off the initial ones, which is not first-order MAML.
-        wanted = [p for p in params if p.requires_grad]
-        graph = self.param_groups[0]["second_order"] and self._track_higher_grads
-        found = iter(torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True))
-        return [next(found) if p.requires_grad else None for p in params]
+        (group,) = self.param_groups
+        graph, first = group["second_order"] and self._track_higher_grads, not group["inner_step"]
+        return support_gradients(loss, params, create_graph=graph, first=first)
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
         (group,), (grads,) = self.param_groups, grouped_grads

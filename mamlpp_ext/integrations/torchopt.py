@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import check_version, checked_loss, checked_order
 from mamlpp_ext.fast_kernels import twice_differentiable
 from mamlpp_ext.integrations.buffers import buffers_kept_on_error
 from mamlpp_ext.integrations.exclusive import exclusive
-from mamlpp_ext.lslr import LSLR, checked_lslr
+from mamlpp_ext.lslr import LSLR, checked_lslr, support_gradients
 from mamlpp_ext.steps import step_counters, steps_restored, with_order
 from mamlpp_ext.torch_private import held
 
@@ -184,15 +183,13 @@ class MetaLSLR(torchopt.MetaOptimizer):
             ValueError: after more steps than the rates have columns.
         """
         params = {name: places[0][0][places[0][1]] for name, places in self._places.items()}
-        wanted = {name: p for name, p in params.items() if p.requires_grad}
-        checked_loss(loss)
-        found = torch.autograd.grad(
-            loss, [*wanted.values()], create_graph=self.second_order, allow_unused=True
-        )
-        grads = {**dict.fromkeys(params), **dict(zip(wanted, found, strict=True))}
         state: Any = self.state_groups[0]
-        if isinstance(state, UninitializedState):
+        if first := isinstance(state, UninitializedState):
             state = self.impl.init(params)
+        found = support_gradients(
+            checked_loss(loss), [*params.values()], create_graph=self.second_order, first=first
+        )
+        grads = dict(zip(params, found, strict=True))
         updated = self.lslr.update(params, grads, state.step)
         self.state_groups[0] = state._replace(step=state.step + 1)
         for name, places in self._places.items():

@@ -1,5 +1,14 @@
-"""Learned inner rates: which parameters they adapt, and the update that uses them."""
+"""Learned inner rates: what they adapt, its gradients, the update, and calls with adapted weights."""
 
+from mamlpp_ext.lslr.functional_call import called, functional_call, places_of
+from mamlpp_ext.lslr.gradients import support_gradients
 from mamlpp_ext.lslr.rates import LSLR, checked_lslr
 
-__all__ = ["LSLR", "checked_lslr"]
+__all__ = [
+    "LSLR",
+    "called",
+    "checked_lslr",
+    "functional_call",
+    "places_of",
+    "support_gradients",
+]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mamlpp_ext.checks import listing
 from mamlpp_ext.fast_kernels import twice_differentiable
-from mamlpp_ext.lslr import LSLR, checked_lslr
+from mamlpp_ext.lslr import LSLR, called, checked_lslr, places_of, support_gradients
 from mamlpp_ext.steps import BatchStatistics, checked_counters, fixed_at, with_order
 from mamlpp_ext.torch_private import held, transforms_active
 
@@ -48,7 +47,7 @@ class AdaptedModel:
             )
         self.counters = checked_counters(model, num_steps - 1)
         self.modules = list(model.modules())
-        self.places = _places(model, self.initial)
+        self.places = places_of(model, self.initial)
 
     def __call__(self, adapted: Params, x: Any) -> Any:
         """Returns ``model(x)``, ``model(*x)`` of a tuple or ``model(**x)`` of a dict."""
@@ -57,7 +56,7 @@ class AdaptedModel:
         if isinstance(x, dict):
             args, kwargs = (), x
         with _padding_without_index(self.model, placed):
-            return functional_call(self.model, placed, args, kwargs, tie_weights=False)
+            return called(self.model, placed, args, kwargs)
 
     @contextmanager
     def at(self, step: int, second_order: bool) -> Iterator[None]:
@@ -77,14 +76,12 @@ class AdaptedModel:
         return {name: p.expand(tasks, *p.shape) for name, p in self.initial.items()}
 
     def gradients(
-        self, losses: Tensor, adapted: Params, with_graph: bool
+        self, losses: Tensor, adapted: Params, *, with_graph: bool, first: bool
     ) -> dict[str, Tensor | None]:
         """Returns the gradients of the losses, each by its own task's tensors."""
-        # No loss depends on another task's weights: the sum's gradient is each one's.
         wanted = [adapted[name] for name in self.adapting]  # not those frozen since
-        found = torch.autograd.grad(
-            losses.sum(), wanted, create_graph=with_graph, allow_unused=True
-        )
+        # No loss depends on another task's weights: the sum's gradient is each one's.
+        found = support_gradients(losses.sum(), wanted, create_graph=with_graph, first=first)
         return {**dict.fromkeys(adapted), **dict(zip(self.adapting, found, strict=True))}
 
     @contextmanager
@@ -113,9 +110,9 @@ class AdaptedModel:
         try:
             yield
         finally:
-            changed = [name for held, name, buffer in before if held.get(name) is not buffer]
-            for held, name, buffer in before if changed else ():
-                held[name] = buffer
+            changed = [name for own, name, buffer in before if own.get(name) is not buffer]
+            for own, name, buffer in before if changed else ():
+                own[name] = buffer
         if changed:
             raise RuntimeError(
                 f"the forward assigns the buffers {listing(changed)}, and of several tasks at "
@@ -133,8 +130,8 @@ class AdaptedModel:
             yield
         finally:
             with torch.no_grad():
-                for held, name, buffer, value in before:
-                    held[name] = buffer
+                for own, name, buffer, value in before:
+                    own[name] = buffer
                     if buffer is not None:
                         buffer.copy_(value)
 
@@ -170,18 +167,3 @@ def _padding_without_index(model: nn.Module, placed: Params) -> Iterator[None]:
     finally:
         for layer, index in padded:
             layer.padding_idx = index
-
-
-def _places(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns every place that holds one of ``params``, and under which name it goes.
-
-    Left to ``functional_call``, tied weights are put back wrongly where a module stands in two
-    places (torch 2.13): the second name finds the replacement and takes it for the original.
-    """
-    names = {id(p): name for name, p in params.items()}
-    return {
-        f"{path}.{key}" if path else key: names[id(p)]
-        for path, module in model.named_modules()  # a shared module comes once
-        for key, p in held(module, "parameters").items()
-        if id(p) in names
-    }

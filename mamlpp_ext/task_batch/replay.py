@@ -27,24 +27,22 @@ class Replay:
     def __call__(self) -> Iterator[None]:
         """Runs it inside the ``with`` block: the first time, or again."""
         if self.changed is None:
-            before = [
-                (held, name, b, changes_of(b), b.clone()) for held, name, b in self._buffers()
-            ]
+            before = [(own, name, b, changes_of(b), b.clone()) for own, name, b in self._buffers()]
             yield
             self.changed = [
-                (held, name, value)
-                for held, name, buffer, version, value in before
-                if held.get(name) is not buffer or changes_of(buffer) != version
+                (own, name, value)
+                for own, name, buffer, version, value in before
+                if own.get(name) is not buffer or changes_of(buffer) != version
             ]
             return
-        now = [(held, name, held[name]) for held, name, _ in self.changed]
+        now = [(own, name, own[name]) for own, name, _ in self.changed]
         try:
-            for held, name, value in self.changed:
-                held[name] = value.clone()
+            for own, name, value in self.changed:
+                own[name] = value.clone()
             yield
         finally:
-            for held, name, buffer in now:
-                held[name] = buffer
+            for own, name, buffer in now:
+                own[name] = buffer
 
     def _buffers(self) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
         return [

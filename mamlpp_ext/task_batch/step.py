@@ -68,7 +68,8 @@ class TaskStep:
         with self.model.at(self.step, order):
             with torch.enable_grad():
                 losses, _, seen = self.support_losses(adapted)
-                grads = self.model.gradients(losses, adapted, order)
+                first = self.step == 0
+                grads = self.model.gradients(losses, adapted, with_graph=order, first=first)
             updated = self.model.lslr.update(adapted, grads, self.step)
         return *updated.values(), *seen
 

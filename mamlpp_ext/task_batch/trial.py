@@ -111,16 +111,20 @@ def _measured(model: AdaptedModel, settings: Settings, tasks: Tasks, way: Way) -
     adapted = model.initial_of(len(tasks), alone=way is alone)
     with torch.enable_grad(), model.at(0, settings.second_order):
         losses, outputs, statistics = one_step.support_losses(adapted)
-        grads = model.gradients(losses, adapted, settings.second_order)
-        reached = [g for g in grads.values() if g is not None]
-        further: Sequence[Tensor | None] = []
-        if settings.second_order:
-            check_second_derivatives(reached)
-            value = sum((g.square().sum() for g in reached), losses.new_zeros(()))
-            wanted = [adapted[name] for name in model.adapting]
-            if value.requires_grad:
-                further = torch.autograd.grad(value, wanted, allow_unused=True)
-    second = [t for t in further if t is not None]
+        order = settings.second_order
+        grads = model.gradients(losses, adapted, with_graph=order, first=True)
+        if order:
+            check_second_derivatives(grads.values())
+        # Whether a gradient arrives may depend on the task's data.
+        reached = [adapted[n].new_zeros(()) if g is None else g for n, g in grads.items()]
+        reached = [g.expand_as(adapted[n]) for n, g in zip(grads, reached, strict=True)]
+        value = sum((g.square().sum() for g in reached), losses.new_zeros(()))
+        wanted = [adapted[name] for name in model.adapting]
+        second = [torch.zeros_like(t) for t in wanted]
+        if order and value.requires_grad:
+            further = torch.autograd.grad(value, wanted, allow_unused=True)
+            pairs = zip(further, second, strict=True)
+            second = [zero if found is None else found for found, zero in pairs]
     kinds = [[losses, *outputs], statistics, reached, second]
     return [[t.detach()[None] if way is alone else t.detach() for t in kind] for kind in kinds]
 

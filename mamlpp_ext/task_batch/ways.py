@@ -19,7 +19,8 @@ def alone(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:
 
 def by_vmap(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:
     """Runs it for all tasks at once."""
-    with model.unchanged_buffers(), _without_fast_path():
+    on_cpu = next(iter(model.initial.values())).device.type == "cpu"
+    with model.unchanged_buffers(), _attention_with_rules(on_cpu):
         return vmap(function, randomness="different")(*args)
 
 
@@ -36,11 +37,17 @@ def by_vmap_of_gradient(model: AdaptedModel, function: Callable[..., Any], *args
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
-    # Encoder layers in eval mode take it where they see no gradient, as within vmap; it has none.
-    before = torch.backends.mha.get_fastpath_enabled()
+def _attention_with_rules(on_cpu: bool) -> Iterator[None]:
+    """Has torch (2.13) compute attention by what vmap has rules for.
+
+    The fast path of encoder layers in eval mode, which they take where they see no gradient, as
+    within vmap, has none; nor has the fused kernel of CPUs.
+    """
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.cuda.enable_flash_sdp(before[1] and not on_cpu)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        torch.backends.cuda.enable_flash_sdp(before[1])

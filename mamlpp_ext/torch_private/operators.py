@@ -23,6 +23,13 @@ _OPERATORS = (
 )
 _NEVER = itertools.count(-1, -1)
 
+# Nodes that look as others do and raise when they are called (2.13).
+_RAISE = {
+    "CdistBackwardBackward": "aten::_cdist_backward",
+    "EmbeddingBagBackwardBackward": "aten::_embedding_bag_backward",
+    "PdistBackwardBackward": "aten::_pdist_backward",
+}
+
 
 @cache
 def has_operators() -> bool:
@@ -46,7 +53,7 @@ def missing_derivatives(grads: Iterable[Tensor | None]) -> list[str]:
 
     Missing, as the name of such nodes is torch's own: none; their backward then says so.
     """
-    return sorted({_said_by(node) for node in _graph(grads) if "NotImplemented" in node.name()})
+    return sorted({_said_by(node) for node in _graph(grads) if _raises(node.name())})
 
 
 def graph_names(tensor: Tensor) -> set[str]:
@@ -65,8 +72,14 @@ def _graph(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
             yield node
 
 
+def _raises(name: str) -> bool:
+    return "NotImplemented" in name or name.rstrip("0123456789") in _RAISE
+
+
 def _said_by(node: Any) -> str:
     """Returns what a node says for which there is no derivative."""
+    if known := _RAISE.get(node.name().rstrip("0123456789")):
+        return known
     for count in range(1, 16):  # of gradients that it takes
         try:
             node(*[None] * count)
