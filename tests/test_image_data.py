@@ -72,6 +72,13 @@ def test_folder_of_class_folders_is_split_by_a_seed(tmp_path: Path) -> None:
     ]
 
 
+def test_a_class_called_train(tmp_path: Path) -> None:
+    names = [*(f"c{number}" for number in range(14)), "train"]
+    data = few_shot.load(class_folders(tmp_path / "vehicles", names))
+    assert sum(counts(data)) == 15
+    assert "train" in (*data.train.names, *data.val.names, *data.test.names)
+
+
 def test_archives_named_by_part(tmp_path: Path) -> None:
     archives(tmp_path)
     np.savez(tmp_path / "other.npz", images=array())

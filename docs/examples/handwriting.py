@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import image_archives
-from image_store import PARTS
+import image_files
 
 SPLIT_SEED = 0
 OMNIGLOT_SPLIT = (1150, 50)  # characters to train on and to validate with; the rest is the test
@@ -38,7 +38,7 @@ def omniglot(path: Path) -> tuple[Tensor, ...] | None:
         uint8 [characters, drawings, 28, 28] three times; None if something else is at ``path``.
     """
     if path.is_dir():
-        images = None if any((path / part).is_dir() for part in PARTS) else _from_folder(path)
+        images = None if image_files.parts_in(path) else _from_folder(path)
     else:
         images = _from_archive(path) if path.suffix == ".npz" and path.exists() else None
     if images is None:

@@ -35,7 +35,7 @@ def find_classes(folder: Path) -> list[ClassFolder]:
     Raises:
         ValueError: if one of the three is missing, or a class is in two of them.
     """
-    there = [part for part in PARTS if (folder / part).is_dir()]
+    there = parts_in(folder)
     if not there:
         return _classes_in(folder, None)
     if len(there) < len(PARTS):
@@ -47,6 +47,20 @@ def find_classes(folder: Path) -> list[ClassFolder]:
     classes = [entry for part in PARTS for entry in _classes_in(folder / part, part)]
     check_apart([(entry.part, entry.name) for entry in classes])
     return classes
+
+
+def parts_in(folder: Path) -> list[str]:
+    """Returns which of ``train/``, ``val/`` and ``test/`` are there, with folders inside.
+
+    One with images inside is a class: CIFAR-100 has trains.
+    """
+    inner = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    return [part for part, place in inner.items() if not _images_in(place)]
+
+
+def _images_in(folder: Path) -> tuple[Path, ...]:
+    files = (file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    return tuple(sorted(file for file in files if not file.name.startswith(".")))
 
 
 def check_apart(classes: list[tuple[str | None, str]]) -> None:
@@ -67,17 +81,7 @@ def check_apart(classes: list[tuple[str | None, str]]) -> None:
 
 def _classes_in(folder: Path, part: str | None) -> list[ClassFolder]:
     return [
-        ClassFolder(
-            part,
-            inner.name,
-            tuple(
-                sorted(
-                    file
-                    for file in inner.iterdir()
-                    if file.suffix.lower() in SUFFIXES and file.name[0] != "."
-                )
-            ),
-        )
+        ClassFolder(part, inner.name, _images_in(inner))
         for inner in sorted(folder.iterdir())
         if inner.is_dir() and not inner.name.startswith((".", "__MACOSX"))
     ]
