@@ -126,13 +126,14 @@ def draw(tests: list[Record], path: Path) -> None:
         found = [_of(tests, row, k) for k in steps]
         means = [100 * _mean(runs) for runs in found]
         reach = [100 * statistics.mean(f["interval"] for f in runs) for runs in found]
-        plot.errorbar(steps, means, reach, label=row, capsize=4, marker="o", **LINES[row])
+        style = {"capsize": 4, "elinewidth": 1, "marker": "o", **LINES[row]}
+        plot.errorbar(steps, means, reach, label=row, **style)
         for k, runs in zip(steps, found, strict=True):
             seeds = [100 * f["accuracy"] for f in runs]
-            plot.plot([k] * len(seeds), seeds, "_", color=LINES[row]["color"], markersize=10)
+            plot.plot([k] * len(seeds), seeds, "x", color=LINES[row]["color"], markersize=5)
     plot.set(
         xlabel="inner steps, in training and test",
-        ylabel="test accuracy (%)",
+        ylabel="test accuracy (%), cross: a seed",
         title=tests[0]["data"],
         xticks=_steps(tests),
     )
