@@ -177,6 +177,4 @@ def assert_same(found: Found, expected: Found, tolerance: float = 1e-9) -> None:
             assert all(t is None or not t.count_nonzero() for t in (want, got)), name
             continue
         scale = max(float(want.abs().max()) if want.numel() else 0.0, 1e-3)
-        torch.testing.assert_close(
-            got, want, rtol=0, atol=tolerance * scale, msg=lambda m: f"{name}: {m}"
-        )
+        torch.testing.assert_close(got, want, rtol=0, atol=tolerance * scale, msg=name)

@@ -1,7 +1,7 @@
-"""Learned inner rates: what they adapt, its gradients, the update, and calls with adapted weights."""
+"""Learned inner rates: what they adapt, gradients, the update, calls with adapted weights."""
 
 from mamlpp_ext.lslr.functional_call import called, functional_call, places_of
-from mamlpp_ext.lslr.gradients import support_gradients
+from mamlpp_ext.lslr.gradients import support_gradients, without_hooks
 from mamlpp_ext.lslr.rates import LSLR, checked_lslr
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "functional_call",
     "places_of",
     "support_gradients",
+    "without_hooks",
 ]

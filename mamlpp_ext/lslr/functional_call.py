@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import listing
-from mamlpp_ext.lslr.gradients import without_hooks
-from mamlpp_ext.torch_private import held
+from mamlpp_ext.lslr.gradients import check_reentrant, without_hooks
+from mamlpp_ext.torch_private import flatten_tree, held
+
+# In which modes an output of a module has been looked through for what cannot be right.
+_LOOKED_AT: WeakKeyDictionary[nn.Module, set[bool]] = WeakKeyDictionary()
 
 
 def functional_call(
@@ -62,7 +66,14 @@ def functional_call(
         )
     placed = {place: params[name] for place, name in places_of(module, params).items()}
     with without_hooks():
-        return called(module, placed, args if isinstance(args, tuple) else (args,), kwargs)
+        output = called(module, placed, args if isinstance(args, tuple) else (args,), kwargs)
+    looked_at = _LOOKED_AT.setdefault(module, set())
+    if torch.is_grad_enabled() and module.training not in looked_at:
+        for leaf in flatten_tree(output)[0]:
+            if isinstance(leaf, Tensor):
+                check_reentrant(leaf)
+        looked_at.add(module.training)
+    return output
 
 
 def called(module: nn.Module, placed: dict[str, Tensor], args: tuple[Any, ...], kwargs: Any) -> Any:

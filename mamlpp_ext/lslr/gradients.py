@@ -34,14 +34,20 @@ def support_gradients(
     Raises:
         RuntimeError: if layers are checkpointed.
     """
-    if first and "CheckpointFunctionBackward" in graph_names(loss):
-        raise RuntimeError(RECOMPUTED)  # the reentrant kind, whose weights get no gradient at all
+    if first:
+        check_reentrant(loss)
     wanted = [p for p in params if p.requires_grad]
     with without_hooks():
         found = iter(
             torch.autograd.grad(loss, wanted, create_graph=create_graph, allow_unused=True)
         )
     return [next(found) if p.requires_grad else None for p in params]
+
+
+def check_reentrant(output: Tensor) -> None:
+    """Refuses the older, reentrant checkpointing, whose weights get no gradient at all."""
+    if "CheckpointFunctionBackward" in graph_names(output):
+        raise RuntimeError(RECOMPUTED)
 
 
 @contextmanager

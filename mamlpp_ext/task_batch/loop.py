@@ -112,8 +112,7 @@ class TaskLoop:
         """Returns the step's target losses [T], the statistics and the tensors of the outputs."""
         inputs, captured = (*adapted.values(),), self._captured_by(one_step)
         if not (counts and torch.is_grad_enabled()):
-            with torch.no_grad():
-                found = one_step.target(*inputs)
+            found = _without_graph(one_step, inputs)
         elif self.early:
             keep = None if memory is None else memory.put
             target = partial(one_step.target, differentiated_once=True)
@@ -147,6 +146,18 @@ class TaskLoop:
         """Returns every tensor that the meta-loss is differentiated by."""
         initial = self.model.initial.values()
         return [t for t in (*initial, *self.learned, *tasks.tensors) if t.requires_grad]
+
+
+def _without_graph(one_step: TaskStep, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Returns what a target forward comes to whose loss does not count."""
+    try:
+        with torch.no_grad():
+            return one_step.target(*inputs)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():  # the forward itself differentiates
+        return tuple(t.detach() for t in one_step.target(*inputs))
 
 
 def placed(one_step: TaskStep, statistics: tuple[Tensor, ...]) -> BatchStatistics:

@@ -21,7 +21,7 @@ from mamlpp_ext.task_batch.adapted_model import AdaptedModel
 from mamlpp_ext.task_batch.batch import Tasks
 from mamlpp_ext.task_batch.settings import Settings
 from mamlpp_ext.task_batch.step import TaskStep, Way
-from mamlpp_ext.task_batch.ways import alone, by_vmap, by_vmap_of_gradient
+from mamlpp_ext.task_batch.ways import alone, by_vmap, by_vmap_of_gradient, cannot_run
 
 # What was found of a model, for each of its modes and orders of derivatives.
 _FOUND: WeakKeyDictionary[nn.Module, dict[Any, Way]] = WeakKeyDictionary()
@@ -76,29 +76,32 @@ def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks) -> Way:
         repeatable = _difference(again, each[0]) is None  # nothing else in it is drawn anew
         expected: Any = [_joined(kind) for kind in zip(*each, strict=True)]
         both = tasks.of([t[:2] for t in tasks.tensors])
-        reason, cause = "", None
+        objections: list[Exception] = []
         for way in (by_vmap, by_vmap_of_gradient):
             try:
                 different = _difference(_measured(model, settings, both, way), expected)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                if "pass chunk_size=1" in str(error):
-                    raise  # said already
-                reason = reason or f"vmap cannot run something in it: {error}".rstrip(".")
-                cause = cause or error
-                if not isinstance(error, RuntimeError):
-                    break  # not vmap's objection
-                continue
+                objections.append(_in_our_words(error))
+                if isinstance(error.__cause__ or error, RuntimeError):
+                    continue  # of vmap's rules
+                break
             if different is None or not repeatable:
                 return way
-            reason = reason or f"vmap computes something else than each task alone: {different}"
-    raise RuntimeError(
-        f"the model or its loss cannot be run for several tasks at once; {reason}. Something in "
-        "it has no right rule in torch.func.vmap, or depends on what vmap changes (strides, views "
-        "that are written to, hooks of tensors, numbers taken out by .item()); pass chunk_size=1 "
-        "to run the tasks one by one"
-    ) from cause
+            objections.append(
+                cannot_run(f"it computes something else than each alone, {different}")
+            )
+    raise objections[0]
+
+
+def _in_our_words(error: Exception) -> Exception:
+    """Returns the error of a run by vmap with what to do about it."""
+    if "pass chunk_size=1" in str(error):
+        return error
+    found = cannot_run(error)
+    found.__cause__ = error
+    return found
 
 
 def _joined(each: Sequence[list[Tensor]]) -> list[Tensor]:

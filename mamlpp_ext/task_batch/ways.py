@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.func import vjp, vmap
 
+from mamlpp_ext.lslr import without_hooks
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel
 
 
@@ -18,10 +19,30 @@ def alone(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def by_vmap(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:
-    """Runs it for all tasks at once."""
+    """Runs it for all tasks at once.
+
+    Raises:
+        RuntimeError: if vmap cannot.
+    """
     on_cpu = next(iter(model.initial.values())).device.type == "cpu"
-    with model.unchanged_buffers(), _attention_with_rules(on_cpu):
-        return vmap(function, randomness="different")(*args)
+    # A checkpointed layer would be run again outside of the vmap.
+    with model.unchanged_buffers(), _attention_with_rules(on_cpu), without_hooks():
+        try:
+            return vmap(function, randomness="different")(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the kind that vmap raises
+            raise cannot_run(error) from error
+
+
+def cannot_run(reason: object) -> RuntimeError:
+    """Returns what to say where several tasks cannot be run at once."""
+    return RuntimeError(
+        f"the model or its loss cannot be run for several tasks at once: {reason}".rstrip(". ")
+        + ". Something in it has no right rule in torch.func.vmap, or depends on what vmap changes "
+        "(strides, views that are written to, hooks of tensors, numbers taken out by .item()); "
+        "pass chunk_size=1 to run the tasks one by one"
+    )
 
 
 def by_vmap_of_gradient(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:

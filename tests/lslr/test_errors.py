@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mamlpp_ext as mpp
 from error_tables import Net, Row, Table, checked, done_to, per_step, plain
@@ -142,5 +143,71 @@ OTHER_MODELS: Table = {
         ("nothing is left to adapt", "parameters that require grad: none"),
     ),
 }
-TABLE: Table = {**done_to(per_step, RATES), **OTHER_MODELS}
+
+
+def graph_of(net: Net) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(net(X).sum(), [*net.parameters()], create_graph=True)
+
+
+class Tied(nn.Sequential):
+    """A model with a weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 3), nn.Linear(3, 3))
+        self[1].weight = self[0].weight
+
+
+class Checkpointed(nn.Sequential):
+    """A model that runs its second layer again in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 3), nn.Linear(3, 3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return checkpoint(self[1], self[0](input), use_reentrant=False)
+
+
+X = torch.zeros(2, 3, dtype=torch.float64)
+CALLS: Table = {
+    "a call with another model's weights": (
+        per_step,
+        lambda n: mpp.functional_call(n, {"heat.weight": X}, X),
+        KeyError,
+        ("has no 'heat.weight'", "'head.weight'", "named_parameters()"),
+    ),
+    "a call with a list": (
+        per_step,
+        lambda n: mpp.functional_call(n, [*n.parameters()], X),
+        TypeError,
+        ("a dict of weights by name", "got Sequential and list", "named_parameters()"),
+    ),
+    "a call with one tensor twice": (
+        Tied,
+        lambda n: mpp.functional_call(n, {"0.weight": X, "1.weight": X}, X),
+        ValueError,
+        ("'0.weight' and '1.weight' are one tensor", "pass it under one of the names"),
+    ),
+    "a call that checkpoints": (
+        Checkpointed,
+        lambda n: mpp.functional_call(n, {}, X),
+        RuntimeError,
+        ("activation checkpointing", "gradient_checkpointing_disable()", "rematerialize=True"),
+    ),
+    "an update with what has no second derivative": (
+        lambda: nn.Sequential(nn.Linear(3, 2), nn.Hardsigmoid()),
+        lambda n: mpp.LSLR(n, 3).update(
+            dict(n.named_parameters()),
+            dict(zip(("0.weight", "0.bias"), graph_of(n), strict=True)),
+            0,
+        ),
+        RuntimeError,
+        (
+            "no second derivative",
+            "hardsigmoid_backward",
+            "F.relu6(x + 3) / 6",
+            "second_order=False",
+        ),
+    ),
+}
+TABLE: Table = {**CALLS, **done_to(per_step, RATES), **OTHER_MODELS}
 test_bad_input = checked(TABLE)

@@ -246,7 +246,7 @@ TASK_BATCHES: dict[str, Row] = {
     "what vmap cannot run": (
         lambda n: run(n, loss=lambda a, b: a.sum() * a.sum().item()),
         RuntimeError,
-        ("vmap cannot run something in it", ".item()", "chunk_size=1"),
+        ("cannot be run for several tasks at once", ".item()", "chunk_size=1"),
     ),
     "everything frozen since": (
         all_frozen_since,
@@ -303,7 +303,7 @@ OTHER_MODELS: Table = {
         WritesIfContiguous,
         lambda n: run(n, loss=lambda a, b: a.square().mean()),
         RuntimeError,
-        ("vmap computes something else than each task alone", "apart", "chunk_size=1"),
+        ("it computes something else than each alone", "apart", "chunk_size=1"),
     ),
     "a buffer that the forward assigns": (
         Counting,
