@@ -120,7 +120,7 @@ def _measured(model: AdaptedModel, settings: Settings, tasks: Tasks, way: Way) -
             check_second_derivatives(grads.values())
         # Whether a gradient arrives may depend on the task's data.
         reached = [adapted[n].new_zeros(()) if g is None else g for n, g in grads.items()]
-        reached = [g.expand_as(adapted[n]) for n, g in zip(grads, reached, strict=True)]
+        reached = [g.to_dense().expand_as(adapted[n]) for n, g in zip(grads, reached, strict=True)]
         value = sum((g.square().sum() for g in reached), losses.new_zeros(()))
         wanted = [adapted[name] for name in model.adapting]
         second = [torch.zeros_like(t) for t in wanted]

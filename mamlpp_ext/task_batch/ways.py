@@ -64,11 +64,13 @@ def _attention_with_rules(on_cpu: bool) -> Iterator[None]:
     The fast path of encoder layers in eval mode, which they take where they see no gradient, as
     within vmap, has none; nor has the fused kernel of CPUs.
     """
-    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.cuda.enable_flash_sdp(before[1] and not on_cpu)
+    mha, cuda = torch.backends.mha, torch.backends.cuda
+    fast_path: bool = mha.get_fastpath_enabled()
+    flash: bool = cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    mha.set_fastpath_enabled(False)
+    cuda.enable_flash_sdp(flash and not on_cpu)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before[0])
-        torch.backends.cuda.enable_flash_sdp(before[1])
+        mha.set_fastpath_enabled(fast_path)
+        cuda.enable_flash_sdp(flash)
