@@ -22,7 +22,9 @@ from mamlpp_ext.norm import (
     PerStepBatchNorm2d,
     PerStepBatchNorm3d,
     convert_batchnorm,
+    convert_norm,
     frozen_statistics,
+    per_step_parameters,
 )
 from mamlpp_ext.schedules import (
     DerivativeOrderAnnealing,
@@ -49,10 +51,12 @@ __all__ = [
     "at_step",
     "check_setup",
     "convert_batchnorm",
+    "convert_norm",
     "frozen_statistics",
     "functional_call",
     "inner_steps",
     "multi_step_loss_weights",
+    "per_step_parameters",
     "task_batch_loss",
     "twice_differentiable",
 ]

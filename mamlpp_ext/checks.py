@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 import re
 import warnings
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from importlib import metadata
 from typing import Any, Literal
 
@@ -115,6 +117,38 @@ def select_row(step: int, num_steps: int, extra_steps: ExtraSteps, owner: str) -
         f"{num_steps - 1}); take fewer steps, build it with num_steps={max(step + 1, 1)}, or with "
         "extra_steps='last' to reuse its last row"
     )
+
+
+def chosen_names(argument: str, choice: Any, names: list[str]) -> list[str]:
+    """Returns those of ``names`` that an argument chooses: a callable, or fnmatch patterns.
+
+    Args:
+        argument: what it is called, for messages.
+        choice: a callable of the name, a pattern or several.
+        names: of all parameters that require grad.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if a pattern matches nothing.
+    """
+    if callable(choice):
+        return [name for name in names if choice(name)]
+    patterns = [choice] if isinstance(choice, str) else choice
+    patterns = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            none = "None, " if argument == "adapt" else ""
+            raise TypeError(
+                f"{argument} must be {none}a callable of the name, or fnmatch patterns such as "
+                f"['head.*'], got {pattern!r} of type {type(pattern).__name__}"
+            )
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"{argument} pattern {pattern!r} matches no parameter that requires grad; there "
+                f"are {listing(names)}"
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def listing(names: list[str], most: int = 8) -> str:

@@ -1,6 +1,7 @@
 """Which inner step a forward belongs to, and how a loop drives it.
 
-A per-step layer is any module with an attribute ``inner_step`` that holds an :class:`InnerStep`.
+A per-step layer is any module that holds an :class:`InnerStep` as its ``inner_step``. Those of its
+parameters that its ``per_step_names`` name, or all, are tables: [num_steps, ...].
 """
 
 from __future__ import annotations
@@ -86,26 +87,29 @@ class InnerStep:
 
 
 def per_step_layers(module: nn.Module) -> dict[str, Any]:
-    """Returns the per-step layers of ``module`` by qualified name, shared ones once.
-
-    Raises:
-        TypeError: if ``module`` is not a module.
-    """
+    """Returns the per-step layers of ``module`` by qualified name, shared ones once."""
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"expected the model, a torch.nn.Module, got {module!r:.80} of type "
             f"{type(module).__name__}; pass the model itself"
         )
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(getattr(layer, "inner_step", None), InnerStep)
-    }
+    named = module.named_modules()
+    return {name: m for name, m in named if isinstance(getattr(m, "inner_step", None), InnerStep)}
+
+
+def per_step_tables(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters of ``module`` that have a row for every inner step, by name."""
+    tables: dict[str, nn.Parameter] = {}
+    for path, layer in per_step_layers(module).items():
+        own = dict(layer.named_parameters())
+        names = [name for name in getattr(layer, "per_step_names", own) if name in own]
+        tables |= {f"{path}.{name}".lstrip("."): own[name] for name in names}
+    return tables
 
 
 def step_counters(module: nn.Module) -> list[InnerStep]:
     """Returns the counters that the per-step layers of ``module`` hold, shared ones once."""
-    return _distinct(per_step_layers(module))
+    return [*dict.fromkeys(layer.inner_step for layer in per_step_layers(module).values())]
 
 
 def checked_counters(module: nn.Module, step: int) -> list[InnerStep]:
@@ -114,11 +118,7 @@ def checked_counters(module: nn.Module, step: int) -> list[InnerStep]:
     for name, layer in layers.items():
         owner = f"layer '{name}' ({layer.__class__.__name__})"
         select_row(step, layer.num_steps, layer.extra_steps, owner)
-    return _distinct(layers)
-
-
-def _distinct(layers: dict[str, Any]) -> list[InnerStep]:
-    return list({id(layer.inner_step): layer.inner_step for layer in layers.values()}.values())
+    return [*dict.fromkeys(layer.inner_step for layer in layers.values())]
 
 
 def inner_steps(
@@ -163,8 +163,8 @@ def inner_steps(
 
 
 def _drive(counters: list[InnerStep], num_steps: int, second_order: bool | None) -> Iterator[int]:
-    # A loop that an exception left stays suspended for as long as the traceback is held, so the
-    # newer loop takes the layers over and only the one that is resumed after that is refused.
+    # A loop that an exception left is suspended while its traceback is held: the newer loop takes
+    # the layers over, and only one that is resumed after that is refused.
     before = [counter.index for counter in counters]
     loop = _Loop(second_order)
     for counter in counters:

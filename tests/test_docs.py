@@ -31,7 +31,7 @@ SECTIONS = re.compile(r"^ *(Args|Attributes|Shape|Returns|Yields|Raises|Example|
 # nothing of its own.
 DOCUMENTED: dict[str, str] = {
     "mamlpp_ext.DerivativeOrderAnnealing": "Args Attributes Raises",
-    "mamlpp_ext.FinalStepLoss": "Attributes",
+    "mamlpp_ext.FinalStepLoss": "Args Attributes Raises",
     "mamlpp_ext.FusedSequential": "Shape",
     "mamlpp_ext.LSLR": "Args Attributes Raises",
     "mamlpp_ext.MultiStepLoss": "Args Attributes Raises",
@@ -42,9 +42,11 @@ DOCUMENTED: dict[str, str] = {
     "mamlpp_ext.at_step": "Args Raises",
     "mamlpp_ext.check_setup": "Args Returns Raises",
     "mamlpp_ext.convert_batchnorm": "Args Returns Raises",
+    "mamlpp_ext.convert_norm": "Args Returns Raises",
     "mamlpp_ext.frozen_statistics": "Args Raises",
     "mamlpp_ext.inner_steps": "Args Returns Raises",
     "mamlpp_ext.multi_step_loss_weights": "Args Returns Raises",
+    "mamlpp_ext.per_step_parameters": "Args Returns Raises",
     "mamlpp_ext.task_batch_loss": "Args Returns Raises",
     "mamlpp_ext.integrations.higher.DifferentiableLSLR": "Args Raises",
     "mamlpp_ext.integrations.higher.LSLROptimizer": "Args Raises",

@@ -26,7 +26,7 @@ PER_STEP = (
 SIGNATURES = {
     "mamlpp_ext": {
         "DerivativeOrderAnnealing": "first_order_epochs",
-        "FinalStepLoss": "",
+        "FinalStepLoss": "num_steps",
         "FusedSequential": "args",
         "LSLR": "module num_steps lr *adapt *learnable *extra_steps",
         "LSLR.update": "self params grads step",
@@ -41,10 +41,12 @@ SIGNATURES = {
         "check_setup": "module lslr meta_optimizer *multi_step_loss *derivative_order "
         "*meta_scheduler",
         "convert_batchnorm": "module num_steps *extra_steps",
+        "convert_norm": "module num_steps *extra_steps",
         "frozen_statistics": "module",
         "functional_call": "module params args kwargs",
         "inner_steps": "module num_steps *second_order",
         "multi_step_loss_weights": "num_steps epoch anneal_epochs",
+        "per_step_parameters": "module num_steps names *extra_steps",
         "task_batch_loss": "model lslr batch loss_fn *num_steps *aggregate *second_order "
         "*rematerialize *chunk_size *all_step_losses *process_group *inner_loss_fn",
         "twice_differentiable": "module *second_order",

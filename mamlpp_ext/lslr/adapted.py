@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
-from mamlpp_ext.checks import listing
-from mamlpp_ext.steps import per_step_layers
+from mamlpp_ext.checks import chosen_names, listing
+from mamlpp_ext.steps import per_step_tables
 
 # None for all but those of per-step layers, a choice by name, or fnmatch patterns.
 Adapt = Callable[[str], bool] | Iterable[str] | None
@@ -29,19 +27,10 @@ def select_parameters(module: nn.Module, adapt: Adapt) -> tuple[str, ...]:
         )
     trainable = [name for name, p in module.named_parameters() if p.requires_grad]
     if adapt is None:
-        outer = {id(p) for layer in per_step_layers(module).values() for p in layer.parameters()}
+        outer = {id(table) for table in per_step_tables(module).values()}
         names = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in outer]
-    elif callable(adapt):
-        names = [name for name in trainable if adapt(name)]
     else:
-        patterns = _patterns(adapt)
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in trainable):
-                raise ValueError(
-                    f"adapt pattern {pattern!r} matches no parameter that requires grad; there are "
-                    f"{listing(trainable)}"
-                )
-        names = [n for n in trainable if any(fnmatchcase(n, pattern) for pattern in patterns)]
+        names = chosen_names("adapt", adapt, trainable)
     if not names:
         raise ValueError(
             f"nothing is left to adapt in {type(module).__name__} with adapt={adapt!r}; parameters "
@@ -72,15 +61,3 @@ def parameters_named(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Pa
             "first, or pass the original model"
         )
     return {name: params[name] for name in names}
-
-
-def _patterns(adapt: Any) -> list[str]:
-    patterns = [adapt] if isinstance(adapt, str) else adapt
-    patterns = list(patterns) if isinstance(patterns, Iterable) else [patterns]
-    wrong = [pattern for pattern in patterns if not isinstance(pattern, str)]
-    if wrong:
-        raise TypeError(
-            "adapt must be None, a callable of the name, or fnmatch patterns such as ['head.*'], "
-            f"got {wrong[0]!r} of type {type(wrong[0]).__name__}"
-        )
-    return patterns

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, select_row
+from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps
 from mamlpp_ext.fast_kernels import (
     Running,
     batch_normalize,
@@ -20,6 +20,7 @@ from mamlpp_ext.fast_kernels import (
     statistics_dtype,
 )
 from mamlpp_ext.norm.running_statistics import RunningStatistics
+from mamlpp_ext.norm.tables import current_place, spread_over_rows
 from mamlpp_ext.steps import InnerStep
 from mamlpp_ext.torch_private import has_operators, held, transforms_active
 
@@ -145,15 +146,7 @@ class PerStepBatchNorm(RunningStatistics):
             ValueError: likewise.
         """
         self._check_shape(shape)
-        step = self.inner_step
-        if self.num_steps > 1 and step.called_in_backward:
-            raise RuntimeError(
-                f"{type(self).__name__} is called within a backward, as activation checkpointing "
-                f"does, and cannot know of which inner step (its position is {step.index}); leave "
-                "the norm layers out of what is checkpointed, use "
-                "task_batch_loss(rematerialize=True) instead, or make the call inside at_step"
-            )
-        index = select_row(step.index, self.num_steps, self.extra_steps, type(self).__name__)
+        step, index = self.inner_step, current_place(self)
         weight, bias = self.weight, self.bias
         # Contiguous, or torch's kernels for [N, C] give wrong gradients (2.13, without an error).
         weight = None if weight is None else weight.select(0, index).contiguous()
@@ -228,10 +221,7 @@ class PerStepBatchNorm(RunningStatistics):
     ) -> None:
         """Spreads the tensors of a plain BatchNorm's checkpoint over the rows, then loads."""
         tables = {**held(self, "parameters"), **held(self, "buffers")}
-        for name, table in tables.items():
-            value = state_dict.get(prefix + name)
-            if table is not None and value is not None and value.dim() == table.dim() - 1:
-                state_dict[prefix + name] = value.repeat(self.num_steps, *[1] * value.dim())
+        spread_over_rows(state_dict, prefix, tables.items())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -12,15 +12,21 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps
+from mamlpp_ext.checks import ExtraSteps
 from mamlpp_ext.norm.base import PerStepBatchNorm
 from mamlpp_ext.norm.batch_norm import (
     PerStepBatchNorm1d,
     PerStepBatchNorm2d,
     PerStepBatchNorm3d,
 )
+from mamlpp_ext.norm.batch_norm_subclass import (
+    adds_to_batch_norm,
+    become_per_step,
+    check_only_adds,
+)
 from mamlpp_ext.norm.frozen import FrozenBatchNorm
 from mamlpp_ext.norm.fused_sequential import FusedSequential
+from mamlpp_ext.norm.settings import checked_settings
 from mamlpp_ext.steps import InnerStep, per_step_layers
 from mamlpp_ext.torch_private import held, is_batch_norm, is_hooked
 
@@ -57,9 +63,10 @@ def convert_batchnorm(
     Raises:
         TypeError: if ``module`` is no module or ``num_steps`` no whole number.
         ValueError: if ``num_steps`` is below 1, no layer can be converted, or one cannot be
-            expressed: ``SyncBatchNorm``, lazy or user-made subclasses, layers with hooks or with
-            parameters tied to another layer's, models inside :func:`frozen_statistics`, and models
-            that hold adapted weights instead of parameters.
+            expressed: ``SyncBatchNorm``, lazy ones, subclasses that do not only add to it (as
+            timm's ``BatchNormAct2d`` does), layers with hooks or with parameters tied to another
+            layer's, models inside :func:`frozen_statistics`, and models that hold adapted weights
+            instead of parameters.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8))
@@ -69,20 +76,21 @@ def convert_batchnorm(
     Source:
         Antoniou et al., "How to train your MAML", ICLR 2019, section 4 (BNRS and BNWB).
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"convert_batchnorm takes a torch.nn.Module, got {type(module).__name__}; pass the "
-            "model itself"
-        )
-    num_steps = checked_count("num_steps", num_steps)
-    checked_extra_steps(extra_steps)
-    _check_convertible(module)
-    converted = copy.deepcopy(module)  # the surgery works on the copy: a failure leaves no trace
-    inner_step = InnerStep()
+    settings = checked_settings("convert_batchnorm", module, num_steps, extra_steps)
+    check_convertible(module)
+    # The surgery works on the copy: a failure leaves no trace.
+    return convert_copy(copy.deepcopy(module), *settings)
+
+
+def convert_copy(
+    converted: nn.Module, num_steps: int, extra_steps: ExtraSteps, inner_step: InnerStep
+) -> nn.Module:
+    """Gives the BatchNorm layers of a model rows, in place; returns it, or what it is now."""
     replaced: dict[int, PerStepBatchNorm] = {}
     for name, layer in list(converted.named_modules()):
         if is_batch_norm(layer):
-            replaced[id(layer)] = _per_step(layer, num_steps, extra_steps)
+            give = become_per_step if adds_to_batch_norm(layer) else _per_step
+            replaced[id(layer)] = give(layer, num_steps, extra_steps)
             replaced[id(layer)].inner_step = inner_step
             _LOGGER.info("%s -> %s", name or "(root)", replaced[id(layer)])
     for parent in list(converted.modules()):
@@ -108,20 +116,20 @@ def _fuse(module: nn.Module) -> None:
             layer.__class__ = FusedSequential
 
 
-def _check_convertible(module: nn.Module) -> None:
+def check_convertible(module: nn.Module) -> None:
+    """Says why the BatchNorm layers of a model cannot be converted, if they cannot.
+
+    Raises:
+        ValueError: if so.
+    """
     every = (held(layer, "parameters").values() for layer in module.modules())
     holders = Counter(id(p) for params in every for p in params)
-    for name, layer in module.named_modules():
-        where = f"'{name or '(root)'}' ({type(layer).__name__})"
+    norms = {name: layer for name, layer in module.named_modules() if is_batch_norm(layer)}
+    for name, layer in norms.items():
         params = [p for p in held(layer, "parameters").values() if p is not None]
-        if not all(isinstance(p, nn.Parameter) for p in params):
-            raise ValueError(
-                f"{where} holds adapted weights instead of parameters, so the model is inside an "
-                "inner loop or patched already; convert the original model before the loop"
-            )
-        if is_batch_norm(layer):
-            _check_layer(layer, where, tied=any(holders[id(p)] > 1 for p in params))
-    if not any(is_batch_norm(layer) for layer in module.modules()):
+        tied = any(holders[id(p)] > 1 for p in params)
+        _check_layer(layer, f"'{name or '(root)'}' ({type(layer).__name__})", tied=tied)
+    if not norms:
         done = per_step_layers(module)
         found = "only per-step layers: it is converted already" if done else "none"
         raise ValueError(
@@ -146,17 +154,19 @@ def _check_layer(layer: Any, where: str, tied: bool) -> None:
             f"{'without' if layer.running_mean is None else 'with'} running buffers; make the "
             "flag and the buffers agree first"
         )
-    if type(layer) not in _REPLACEMENTS:
+    if not any(isinstance(layer, kind) for kind in _REPLACEMENTS):
         raise ValueError(
-            f"{where} cannot be expressed per step, only nn.BatchNorm1d, 2d and 3d themselves "
-            "can; replace it with one of these first"
+            f"{where} cannot be expressed per step, only nn.BatchNorm1d, 2d and 3d can; replace it "
+            "with one of these first"
         )
     if tied:
         raise ValueError(
             f"{where} shares its weight or bias with another layer, and the rows of two "
             "layers cannot be tied; give it parameters of its own first"
         )
-    if is_hooked(layer):
+    if adds_to_batch_norm(layer):
+        check_only_adds(layer, where)
+    elif is_hooked(layer):
         raise ValueError(
             f"{where} has hooks, which would be lost; remove them and register them on the "
             "converted layer"

@@ -15,14 +15,18 @@ _NORMS = (*_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
 
 
 def is_batch_norm(layer: Any) -> bool:
-    """Returns whether it is a batch norm of torch's; missing: of those with a public name."""
-    return isinstance(layer, getattr(_batchnorm, "_BatchNorm", _BATCH_NORMS))
+    """Returns whether it is a batch norm of torch's; missing: of those with a public name.
+
+    Not one that has been given rows for inner steps.
+    """
+    is_norm = isinstance(layer, getattr(_batchnorm, "_BatchNorm", _BATCH_NORMS))
+    return is_norm and getattr(layer, "inner_step", None) is None
 
 
 def keeps_statistics(layer: Any) -> bool:
     """Returns whether it is a norm of torch's with running statistics; missing: likewise."""
     is_norm = isinstance(layer, getattr(_batchnorm, "_NormBase", _NORMS))
-    return is_norm and layer.running_mean is not None
+    return is_norm and layer.running_mean is not None and getattr(layer, "inner_step", None) is None
 
 
 def held(module: nn.Module, kind: Literal["parameters", "buffers", "modules"]) -> dict[str, Any]:

@@ -178,8 +178,11 @@ def test_each_replacement_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         assert "num_steps=3" in line
 
 
-class Renamed(nn.BatchNorm2d):
-    """A user's own subclass, which may compute anything."""
+class Doubled(nn.BatchNorm1d):
+    """A user's own subclass, which computes something else than batch norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(2 * input)
 
 
 def hooked(register: str) -> Callable[[], nn.Module]:
@@ -212,7 +215,7 @@ def tied() -> nn.Module:
 REFUSALS = {
     "sync": (lambda: nn.SyncBatchNorm(4), "nn.BatchNorm1d, 2d and 3d"),
     "lazy": (nn.LazyBatchNorm1d, "run the model once"),
-    "subclass": (lambda: Renamed(4), "replace it with one of these"),
+    "subclass": (lambda: Doubled(4), "replace it with the BatchNorm it is made of"),
     "instance norm only": (lambda: nn.InstanceNorm1d(4), "has no nn.BatchNorm1d, 2d or 3d"),
     "converted": (lambda: mpp.PerStepBatchNorm1d(4, 2), "converted already"),
     "flag without effect": (flag_cleared, "track_running_stats=False with running buffers"),

@@ -1,0 +1,51 @@
+"""Tables: tensors with a row for every inner step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamlpp_ext.checks import select_row
+
+
+def table_of(plain: Tensor, num_steps: int) -> Tensor:
+    """Returns ``plain`` [...] in every row of a new tensor [num_steps, ...].
+
+    Each row lies in memory as ``plain`` does (channels_last, for instance).
+    """
+    plain = plain.detach()
+    strides = torch.empty_like(plain, device="meta").stride()
+    shape = (num_steps, *plain.shape)
+    table = plain.new_empty_strided(shape, (plain.numel(), *strides))
+    return table.copy_(plain.expand(shape))
+
+
+def current_place(layer: Any) -> int:
+    """Returns which row a per-step layer uses at the current inner step.
+
+    Raises:
+        RuntimeError: within a backward, unless inside :func:`at_step`.
+        ValueError: for an inner step beyond the rows.
+    """
+    step = layer.inner_step
+    if layer.num_steps > 1 and step.called_in_backward:
+        raise RuntimeError(
+            f"{type(layer).__name__} is called within a backward, as activation checkpointing "
+            f"does, and cannot know of which inner step (its position is {step.index}); turn "
+            "checkpointing off, use task_batch_loss(rematerialize=True) instead, or make the call "
+            "inside at_step"
+        )
+    return select_row(step.index, layer.num_steps, layer.extra_steps, type(layer).__name__)
+
+
+def spread_over_rows(
+    state_dict: dict[str, Any], prefix: str, tables: Iterable[tuple[str, Tensor | None]]
+) -> None:
+    """Puts the tensors of a plain layer's checkpoint into every row; tables stay as they are."""
+    for name, table in tables:
+        value = state_dict.get(prefix + name)
+        if table is not None and value is not None and value.dim() == table.dim() - 1:
+            state_dict[prefix + name] = value.repeat(len(table), *[1] * value.dim())
