@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mamlpp_ext.checks import checked_count
-from mamlpp_ext.schedules.epochs import EpochSchedule
+from mamlpp_ext.schedules.epochs import EpochSchedule, epochs_of_run
 
 
 class DerivativeOrderAnnealing(EpochSchedule):
@@ -15,7 +15,8 @@ class DerivativeOrderAnnealing(EpochSchedule):
     torch scheduler (the paper's settings count 500 iterations as an epoch).
 
     Args:
-        first_order_epochs: how many epochs are first-order, 50 in the paper; 0 for none.
+        first_order_epochs: how many epochs are first-order, 50 of 100 in the paper; 0 for none,
+            which is second order from the start.
 
     Attributes:
         last_epoch: the present epoch, 0 at first.
@@ -39,6 +40,31 @@ class DerivativeOrderAnnealing(EpochSchedule):
     def __init__(self, first_order_epochs: int) -> None:
         super().__init__()
         self.first_order_epochs = checked_count("first_order_epochs", first_order_epochs, least=0)
+
+    @classmethod
+    def for_run(cls, run_epochs: int, share: float = 0.1) -> DerivativeOrderAnnealing:
+        """Returns the schedule whose first-order part is a share of a run.
+
+        A function beside the constructor, which goes on counting epochs: so a run of any length
+        has its second order, and both ways count calls of :meth:`step`.
+
+        Args:
+            run_epochs: how often :meth:`step` will be called in the run: epochs, or iterations in
+                a loop without epochs; ``T_max`` of the cosine beside it.
+            share: of the run, 0 to 1. Half is the paper's; a tenth is safer in short runs.
+
+        Returns:
+            One with ``first_order_epochs`` of that share, at least 1 unless ``share`` is 0.
+
+        Raises:
+            TypeError: if ``run_epochs`` is not a whole number.
+            ValueError: if it is below 1, or ``share`` is not between 0 and 1.
+
+        Example:
+            >>> DerivativeOrderAnnealing.for_run(300, share=0.5)
+            DerivativeOrderAnnealing(last_epoch=0, first_order_epochs=150)
+        """
+        return cls(epochs_of_run(run_epochs, share))
 
     @property
     def second_order(self) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
 from torch import Tensor
 
 from mamlpp_ext.checks import checked_count
-from mamlpp_ext.schedules.epochs import EpochSchedule
+from mamlpp_ext.schedules.epochs import EpochSchedule, epochs_of_run
+from mamlpp_ext.schedules.step_losses import RecentLosses, StepLosses, by_step
 
 # The paper's code keeps at least this share of 1/K on the early steps until the annealing ends.
 _FLOOR = 0.03
@@ -70,6 +69,7 @@ class MultiStepLoss(EpochSchedule):
     Attributes:
         last_epoch: the epoch the weights are of, 0 at first.
         weights: those weights, float64 of shape [num_steps].
+        recent_losses: what the last calls were given.
 
     Raises:
         TypeError: if an argument is not a whole number.
@@ -92,17 +92,74 @@ class MultiStepLoss(EpochSchedule):
         super().__init__()
         self.num_steps = checked_count("num_steps", num_steps)
         self.anneal_epochs = checked_count("anneal_epochs", anneal_epochs, least=0)
+        self._recent = RecentLosses()
+
+    @classmethod
+    def for_run(cls, num_steps: int, run_epochs: int, share: float = 0.1) -> MultiStepLoss:
+        """Returns the aggregator that is annealed over a share of a run.
+
+        A function beside the constructor, which goes on counting epochs: so a short run does not
+        end before its annealing, and both ways count calls of :meth:`step`.
+
+        Args:
+            num_steps: K, the number of inner steps.
+            run_epochs: how often :meth:`step` will be called in the run: epochs, or iterations in
+                a loop without epochs; ``T_max`` of the cosine beside it.
+            share: of the run, 0 to 1. A tenth is the paper's for Omniglot.
+
+        Returns:
+            One with ``anneal_epochs`` of that share, at least 1 unless ``share`` is 0.
+
+        Raises:
+            TypeError: if a number of epochs or steps is not whole.
+            ValueError: if one is below 1, or ``share`` is not between 0 and 1.
+
+        Example:
+            >>> MultiStepLoss.for_run(num_steps=5, run_epochs=300)
+            MultiStepLoss(last_epoch=0, num_steps=5, anneal_epochs=30)
+        """
+        return cls(num_steps, epochs_of_run(run_epochs, share))
 
     @property
     def weights(self) -> Tensor:
         """The weights of the present epoch, float64 of shape [num_steps]."""
         return multi_step_loss_weights(self.num_steps, self.last_epoch, self.anneal_epochs)
 
-    def __call__(self, step_losses: Sequence[Tensor] | Tensor) -> Tensor:
+    @property
+    def recent_losses(self) -> Tensor:
+        """Mean losses of the last 16 calls by step, float64 [num_steps], NaN if unknown."""
+        return self._recent.mean()
+
+    def counts(self, step: int) -> bool:
+        """Returns whether a step's target loss enters the sum at the present epoch.
+
+        A loop of one's own need not compute the others: ``None`` stands for them.
+
+        Args:
+            step: the inner step, 0-based.
+
+        Raises:
+            TypeError: if ``step`` is not a whole number.
+            ValueError: if it is negative.
+
+        Example:
+            >>> msl = MultiStepLoss(num_steps=2, anneal_epochs=0)
+            >>> msl.counts(0), msl.counts(1)
+            (False, True)
+            >>> msl([None, torch.tensor(3.0)])
+            tensor(3.)
+        """
+        step = checked_count("step", step, least=0)
+        return step == self.num_steps - 1 or (
+            step < self.num_steps and self.last_epoch < self.anneal_epochs
+        )
+
+    def __call__(self, step_losses: StepLosses) -> Tensor:
         """Returns the weighted sum of the losses.
 
         Args:
             step_losses: a sequence of ``num_steps`` 0-dim tensors, or a tensor [..., num_steps].
+                In a sequence None may stand where the weight is 0, as :meth:`counts` says.
 
         Returns:
             A 0-dim tensor, or [...]. Steps of weight 0 do not enter it: no gradient is computed
@@ -112,17 +169,27 @@ class MultiStepLoss(EpochSchedule):
             TypeError: if ``step_losses`` holds anything but tensors.
             ValueError: if there are more or fewer than ``num_steps`` losses, or of several shapes.
         """
-        losses = _by_step(step_losses, self.num_steps)
-        weighted = zip(self.weights.tolist(), losses, strict=True)
-        terms = [weight * loss for weight, loss in weighted if weight > 0]
+        weights = self.weights.tolist()
+        losses = by_step(step_losses, weights)
+        self._recent.add(losses)
+        weighted = zip(weights, losses, strict=True)
+        terms = [weight * loss for weight, loss in weighted if loss is not None and weight > 0]
         return torch.stack(terms).sum(0)
 
 
 class FinalStepLoss(EpochSchedule):
     """Plain MAML's aggregator, with the interface of :class:`MultiStepLoss`: the last loss counts.
 
+    Args:
+        num_steps: K, where :meth:`counts` is asked; None if it is not.
+
     Attributes:
         last_epoch: the present epoch, 0 at first; it makes no difference.
+        recent_losses: what the last calls were given.
+
+    Raises:
+        TypeError: if ``num_steps`` is not a whole number.
+        ValueError: if it is below 1.
 
     Example:
         >>> FinalStepLoss()([torch.tensor(1.0), torch.tensor(3.0)])
@@ -132,11 +199,36 @@ class FinalStepLoss(EpochSchedule):
         Finn, Abbeel, Levine, "Model-agnostic meta-learning", ICML 2017, algorithm 2.
     """
 
-    def __call__(self, step_losses: Sequence[Tensor] | Tensor) -> Tensor:
+    def __init__(self, num_steps: int | None = None) -> None:
+        super().__init__()
+        # Not among the settings of a state_dict: those of earlier versions have none.
+        self._num_steps = None if num_steps is None else checked_count("num_steps", num_steps)
+        self._recent = RecentLosses()
+
+    @property
+    def recent_losses(self) -> Tensor:
+        """Mean losses of the last 16 calls by step, float64 [num_steps], NaN if unknown."""
+        return self._recent.mean()
+
+    def counts(self, step: int) -> bool:
+        """Returns whether a step's target loss is needed: the last, or all if K is not known.
+
+        Args:
+            step: the inner step, 0-based.
+
+        Raises:
+            TypeError: if ``step`` is not a whole number.
+            ValueError: if it is negative.
+        """
+        step = checked_count("step", step, least=0)
+        return self._num_steps is None or step == self._num_steps - 1
+
+    def __call__(self, step_losses: StepLosses) -> Tensor:
         """Returns the last loss.
 
         Args:
-            step_losses: a sequence of 0-dim tensors, or a tensor [..., num_steps].
+            step_losses: a sequence of 0-dim tensors, the others None or not, or a tensor
+                [..., num_steps].
 
         Returns:
             A 0-dim tensor, or [...].
@@ -145,29 +237,6 @@ class FinalStepLoss(EpochSchedule):
             TypeError: if ``step_losses`` holds anything but tensors.
             ValueError: if there is no loss.
         """
-        return _by_step(step_losses, None)[-1]
-
-
-def _by_step(step_losses: Sequence[Tensor] | Tensor, num_steps: int | None) -> tuple[Tensor, ...]:
-    if isinstance(step_losses, Tensor):
-        losses = step_losses.unbind(-1) if step_losses.dim() else (step_losses,)
-    else:
-        losses = tuple(step_losses) if isinstance(step_losses, Iterable) else (step_losses,)
-    for loss in losses:
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"step_losses must hold one tensor for each inner step, got {loss!r} of type "
-                f"{type(loss).__name__}; append the loss itself, not loss.item()"
-            )
-    shapes = {tuple(loss.shape) for loss in losses}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"step_losses must agree in shape, got {sorted(shapes)}; reduce every loss to a 0-dim "
-            "tensor, e.g. with reduction='mean'"
-        )
-    if not losses or (num_steps is not None and len(losses) != num_steps):
-        raise ValueError(
-            f"step_losses must hold {num_steps or 'at least one'} losses, one for each inner step, "
-            f"got {len(losses)}; append the target loss after every update"
-        )
-    return losses
+        losses = by_step(step_losses, None)
+        self._recent.add(losses)
+        return losses[-1]  # type: ignore[return-value]

@@ -33,6 +33,21 @@ COUNTS: dict[str, Row] = {
     ),
     "annealed over -1 epochs": (lambda n: msl(5, -1), ValueError, ("anneal_epochs", "got -1")),
     "annealed over nan epochs": (lambda n: msl(5, math.nan), TypeError, ("anneal_epochs", "nan")),
+    "a share of 10": (
+        lambda n: msl.for_run(5, 100, share=10),
+        ValueError,
+        ("share", "from 0 to 1", "got 10", "a tenth of the run's 100 epochs"),
+    ),
+    "a share of True": (
+        lambda n: mpp.DerivativeOrderAnnealing.for_run(100, True),
+        ValueError,
+        ("share", "got True"),
+    ),
+    "a run of 0 epochs": (
+        lambda n: mpp.DerivativeOrderAnnealing.for_run(0),
+        ValueError,
+        ("run_epochs", "at least 1", "got 0"),
+    ),
     "order for -1 epochs": (
         lambda n: mpp.DerivativeOrderAnnealing(-1),
         ValueError,
@@ -67,6 +82,22 @@ LOSSES: dict[str, Row] = {
         lambda n: msl(2, 10)([one, torch.ones(3)]),
         ValueError,
         ("step_losses", "(3,)"),
+    ),
+    "None where a loss counts": (
+        lambda n: msl(3, 10)([one, None, one]),
+        TypeError,
+        ("step_losses[1] is None", "counts at this epoch", "counts(step) is False"),
+    ),
+    "None at the final step": (
+        lambda n: mpp.FinalStepLoss()([one, None]),
+        TypeError,
+        ("step_losses[1] is None", "not for step 1"),
+    ),
+    "counts at step -1": (lambda n: msl(3, 10).counts(-1), ValueError, ("step", "got -1")),
+    "final loss of 0 steps": (
+        lambda n: mpp.FinalStepLoss(0),
+        ValueError,
+        ("num_steps", "at least 1", "got 0"),
     ),
     "state of other steps": (
         lambda n: msl(3, 10).load_state_dict(msl(5, 10).state_dict()),

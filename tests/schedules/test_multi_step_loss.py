@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -182,3 +183,71 @@ def test_schedules_show_their_settings() -> None:
     msl = mpp.MultiStepLoss(5, anneal_epochs=10)
     msl.step()
     assert repr(msl) == "MultiStepLoss(last_epoch=1, num_steps=5, anneal_epochs=10)"
+
+
+def test_none_stands_for_what_does_not_count() -> None:
+    """A loop of one's own need not compute target losses of weight 0."""
+    msl, losses = mpp.MultiStepLoss(3, 1), [torch.tensor(float(i)) for i in range(3)]
+    assert [msl.counts(step) for step in range(4)] == [True, True, True, False]
+    whole = msl(losses)
+    msl.step()
+    assert [msl.counts(step) for step in range(4)] == [False, False, True, False]
+    asked = [loss if msl.counts(step) else None for step, loss in enumerate(losses)]
+    assert msl(asked) == msl(losses) == losses[2] != whole
+    assert mpp.FinalStepLoss()([None, losses[1]]) == losses[1]
+    final = mpp.FinalStepLoss(num_steps=3)
+    assert [final.counts(step) for step in range(4)] == [False, False, True, False]
+    assert mpp.FinalStepLoss().counts(0)  # which is the last it does not know
+
+
+@pytest.mark.parametrize("epoch", range(5))
+def test_counts_is_what_weights_say(epoch: int) -> None:
+    msl = mpp.MultiStepLoss(4, 3)
+    for _ in range(epoch):
+        msl.step()
+    assert [msl.counts(step) for step in range(4)] == [w > 0 for w in msl.weights.tolist()]
+
+
+@pytest.mark.parametrize("build", [lambda: mpp.MultiStepLoss(2, 0), mpp.FinalStepLoss])
+def test_recent_losses_are_those_of_the_last_calls(build: Any) -> None:
+    msl = build()
+    assert msl.recent_losses.numel() == 0
+    start = torch.ones((), requires_grad=True)
+    msl([start * 100, start * 100])
+    for call in range(16):
+        msl(torch.stack([start * call, start * 2]).expand(3, 2))
+    msl([None, start * 2])
+    assert msl.recent_losses.tolist() == [8.0, 2.0]  # of 1 to 15
+    assert not msl.recent_losses.requires_grad
+    assert "last_epoch" in repr(msl)
+    assert "recent" not in f"{msl!r}{msl.state_dict()}"
+    msl([None, start])
+    assert copy.deepcopy(msl).recent_losses[0] == 8.5
+
+
+def test_recent_losses_within_a_transform_are_not_kept() -> None:
+    msl = mpp.MultiStepLoss(2, 3)
+    torch.func.vmap(msl)(torch.ones(4, 2))
+    assert msl.recent_losses.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("run", "share", "epochs"),
+    [(100, 0.1, 10), (300, 0.1, 30), (19, 0.5, 10), (3, 0.1, 1), (7, 1, 7), (50, 0, 0)],
+)
+def test_shares_of_a_run(run: int, share: float, epochs: int) -> None:
+    assert mpp.MultiStepLoss.for_run(5, run, share).state_dict() == (
+        mpp.MultiStepLoss(5, epochs).state_dict()
+    )
+    assert mpp.DerivativeOrderAnnealing.for_run(run, share).first_order_epochs == epochs
+
+
+def test_a_short_run_sees_every_part_of_its_schedules() -> None:
+    """The paper's 10 and 50 epochs would end after it: the loss is annealed, the order changes."""
+    run = 20
+    msl, da = mpp.MultiStepLoss.for_run(5, run), mpp.DerivativeOrderAnnealing.for_run(run)
+    seen = []
+    for _ in range(run):
+        seen.append((msl.counts(0), da.second_order))
+        msl.step(), da.step()
+    assert seen == [(True, False)] * 2 + [(False, True)] * 18
