@@ -103,7 +103,9 @@ def describe(
     if any(is_batch_norm(layer) for layer in model.modules()):
         net = convert_batchnorm(model, steps)
     for name, layer in per_step_layers(net).items():
-        yield f"per-step: '{name}', {layer.num_features} features, {layer.num_steps} rows"
+        features = getattr(layer, "num_features", None)  # of a norm; others have them by name
+        what = ", ".join(layer.per_step_names) if features is None else f"{features} features"
+        yield f"per-step: '{name}', {what}, {layer.num_steps} rows"
     lslr = LSLR(net, steps, adapt=adapt)
     meta_opt = torch.optim.Adam([*net.parameters(), *lslr.parameters()])
     for name, p in net.named_parameters():

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from mamlpp_ext.checks import listing
 from mamlpp_ext.lslr import LSLR, checked_lslr
 from mamlpp_ext.schedules import DerivativeOrderAnnealing, FinalStepLoss, MultiStepLoss
-from mamlpp_ext.steps import per_step_layers
+from mamlpp_ext.steps import per_step_layers, per_step_tables
 from mamlpp_ext.torch_private import is_batch_norm
 
 _FIX_OPTIMIZER = "build it from [*module.parameters(), *lslr.parameters()] after the conversion"
@@ -91,20 +91,31 @@ def _about_norm(module: nn.Module, lslr: LSLR | None) -> list[str]:
     plain = [name for name, layer in module.named_modules() if is_batch_norm(layer)]
     findings = []
     per_step = {name: layer for name, layer in layers.items() if layer.num_steps != 1}
+    norms = {name: layer for name, layer in per_step.items() if hasattr(layer, "running_mean")}
     for short, what, attribute in (
         ("BNRS", "statistics", "running_mean"),
         ("BNWB", "weights and biases", "weight"),
     ):
-        having = [n for n, layer in per_step.items() if getattr(layer, attribute) is not None]
+        having = [name for name in norms if getattr(norms[name], attribute) is not None]
         state = "on" if having else "off"
         findings.append(f"{state}: per-step batch-norm {what} ({short}) in {len(having)} layers")
+    others = [name for name in per_step if name not in norms]
+    if others:
+        findings.append(
+            f"on: per-step parameters of {len(others)} other layers ({listing(others)})"
+        )
     if plain:
         noun = "layer is" if len(plain) == 1 else "layers are"
         findings.append(
             f"problem: {len(plain)} plain BatchNorm {noun} left over ({listing(plain)}); convert "
             "the model with convert_batchnorm"
         )
-    rows = [row for name, layer in per_step.items() for row, _ in layer.named_parameters(name)]
+    return [*findings, *_about_rows(module, lslr, per_step)]
+
+
+def _about_rows(module: nn.Module, lslr: LSLR | None, per_step: dict[str, Any]) -> list[str]:
+    findings = []
+    rows = [name for name, table in per_step_tables(module).items() if len(table) != 1]
     adapted = [row for row in rows if lslr is not None and row in lslr.names]
     if adapted:
         findings.append(
@@ -128,7 +139,7 @@ def _about_norm(module: nn.Module, lslr: LSLR | None) -> list[str]:
 
 
 def _first_row_alone(layer: Any) -> bool:
-    counts = layer.num_batches_tracked
+    counts = getattr(layer, "num_batches_tracked", None)
     return counts is not None and bool(counts[0] > 0) and not bool(counts[1:].any())
 
 

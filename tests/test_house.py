@@ -76,7 +76,11 @@ def test_imports_point_downwards(copy: Path) -> None:
     ("path", "line", "broken"),
     [
         ("lslr/rates.py", "import higher", "The core imports torch alone"),
-        ("norm/convert.py", "import mamlpp_ext.integrations.higher", "Imports point downwards"),
+        (
+            "norm/convert_batch_norm.py",
+            "import mamlpp_ext.integrations.higher",
+            "Imports point downwards",
+        ),
         ("checks.py", "from mamlpp_ext.steps import inner_steps", "Imports point downwards"),
         (
             "norm/base.py",

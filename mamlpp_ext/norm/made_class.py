@@ -22,9 +22,8 @@ class Made(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Says how to make it again: pickle would look the class up by its name."""
         reduced: Any = super().__reduce_ex__(protocol)
-        # Not of a subclass of a made class, which higher and others make of it in turn.
-        by_class = reduced[0] is copyreg.__newobj__ and type(self) is made_class(*self.made_of)  # type: ignore[attr-defined]
-        return (_made, self.made_of, *reduced[2:]) if by_class else reduced
+        by_class = reduced[0] is copyreg.__newobj__ and _is_made(type(self))  # type: ignore[attr-defined]
+        return (_made, _parts(type(self)), *reduced[2:]) if by_class else reduced
 
 
 def made_class(mixin: type[Made], kind: type[nn.Module]) -> type[Any]:
@@ -51,6 +50,19 @@ def kind_of(layer: nn.Module) -> type[nn.Module]:
     return layer.made_of[1] if isinstance(layer, Made) else type(layer)
 
 
-def _made(mixin: type[Made], kind: type[nn.Module]) -> Any:
-    made: Any = made_class(mixin, kind)
-    return made.__new__(made)
+def _is_made(kind: Any) -> bool:
+    """Returns whether it is a made class, not a subclass that higher and others make of one."""
+    return issubclass(kind, Made) and "made_of" in vars(kind)
+
+
+def _parts(kind: Any) -> tuple[type[Any], ...]:
+    """Returns what a made class is made of, the class of a layer that is none last."""
+    mixin, inner = kind.made_of
+    return (mixin, *_parts(inner)) if _is_made(inner) else (mixin, inner)
+
+
+def _made(*parts: Any) -> Any:
+    kind = parts[-1]
+    for mixin in reversed(parts[:-1]):
+        kind = made_class(mixin, kind)
+    return kind.__new__(kind)

@@ -189,7 +189,7 @@ def _check_model(model: nn.Module) -> None:
         if keeps_statistics(layer):
             raise ValueError(
                 f"layer '{name}' ({type(layer).__name__}) keeps running statistics, which vmap "
-                "cannot update; convert the model with convert_batchnorm(model, num_steps), to "
-                "keep plain BatchNorm's meaning with convert_batchnorm(model, 1, "
-                "extra_steps='last'), or build the layer with track_running_stats=False"
+                "cannot update; convert the model with convert_norm(model, num_steps), to keep one "
+                "set of them for all steps with convert_norm(model, 1, extra_steps='last'), or "
+                "build the layer with track_running_stats=False"
             )

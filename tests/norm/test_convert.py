@@ -168,7 +168,7 @@ def test_plain_layers_beside_converted_ones_are_converted() -> None:
 
 
 def test_each_replacement_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="mamlpp_ext.norm.convert"):
+    with caplog.at_level(logging.INFO, logger="mamlpp_ext.norm.convert_batch_norm"):
         mpp.convert_batchnorm(Block(), 3)
         mpp.convert_batchnorm(nn.BatchNorm1d(4), 3)
     lines = [record.getMessage() for record in caplog.records]

@@ -335,7 +335,7 @@ OTHER_MODELS: Table = {
         ValueError,
         (
             "layer 'norm' (BatchNorm1d)",
-            "convert_batchnorm(model, num_steps)",
+            "convert_norm(model, num_steps)",
             "1, extra_steps",
             "track_running_stats=False",
         ),

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from mamlpp_ext.checks import ExtraSteps, chosen_names, listing
-from mamlpp_ext.norm.give_rows import check_owners, give_rows
-from mamlpp_ext.norm.settings import checked_settings
+from mamlpp_ext.norm.any_layer.give_rows import check_owners, give_rows
+from mamlpp_ext.norm.tables import checked_settings
 from mamlpp_ext.steps import per_step_tables
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from mamlpp_ext.checks import ExtraSteps
-from mamlpp_ext.norm.convert import check_convertible, convert_copy
-from mamlpp_ext.norm.give_rows import check_owners, give_rows
+from mamlpp_ext.norm.any_layer import check_owners, give_rows
+from mamlpp_ext.norm.convert_batch_norm import check_convertible, convert_copy
 from mamlpp_ext.norm.instance_norm import become_per_step_instance_norm, is_instance_norm
-from mamlpp_ext.norm.settings import checked_settings
+from mamlpp_ext.norm.tables import checked_settings
 from mamlpp_ext.steps import per_step_layers, per_step_tables
 from mamlpp_ext.torch_private import held, is_batch_norm, keeps_statistics
 

@@ -1,11 +1,4 @@
-"""Layers some of whose parameters have a row for every inner step.
-
-Not torch's parametrizations, which also let a layer read something else than it holds: a
-parametrized module cannot be pickled (2.13: "only supported through state_dict()"), its parameters
-change their names to ``parametrizations.weight.original``, so that plain checkpoints, patterns and
-rates no longer find them, ``higher`` takes their place for properties of its own, and what reads
-``layer.weight`` from outside gets a row, where a layer of ours shows the table.
-"""
+"""Modules that read the current row of a table, of their own or of modules inside of them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from mamlpp_ext.norm.batch_norm_subclass import (
 )
 from mamlpp_ext.norm.frozen import FrozenBatchNorm
 from mamlpp_ext.norm.fused_sequential import FusedSequential
-from mamlpp_ext.norm.settings import checked_settings
+from mamlpp_ext.norm.tables import checked_settings
 from mamlpp_ext.steps import InnerStep, per_step_layers
 from mamlpp_ext.torch_private import held, is_batch_norm, is_hooked
 

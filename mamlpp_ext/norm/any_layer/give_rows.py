@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from mamlpp_ext.norm.any_layer.reading import Calls, Holder, Reader
 from mamlpp_ext.norm.fused_sequential import FusedSequential
 from mamlpp_ext.norm.made_class import Made, kind_of, made_class
-from mamlpp_ext.norm.rows import Calls, Holder, Reader
-from mamlpp_ext.norm.settings import Settings
-from mamlpp_ext.norm.tables import table_of
+from mamlpp_ext.norm.tables import Settings, table_of
 from mamlpp_ext.torch_private import held, is_batch_norm, keeps_statistics
 
 _LOGGER = logging.getLogger(__name__)
