@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.checks import (
-    ExtraSteps,
-    checked_count,
-    checked_extra_steps,
-    listing,
-    select_row,
-)
+from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, listing, select_row
 from mamlpp_ext.fast_kernels import check_second_derivatives
 from mamlpp_ext.lslr.adapted import Adapt, parameters_named, select_parameters
+from mamlpp_ext.lslr.given import Grads, by_name
 from mamlpp_ext.lslr.update import check_shapes, descend
 
 
@@ -45,6 +40,7 @@ class LSLR(nn.Module):
     Attributes:
         rates: parameter, [len(names), num_steps].
         names: the adapted parameters' names, in the order of ``module.named_parameters()``.
+        lr: what every rate was at first.
 
     Raises:
         TypeError: if ``module`` is no module or ``num_steps`` no whole number.
@@ -87,6 +83,7 @@ class LSLR(nn.Module):
                 "Omniglot and 0.01 for Mini-ImageNet (training may turn a rate negative later); "
                 "for rates that differ write to lslr.rates.data [tensors, num_steps]"
             )
+        self.lr = float(lr)
         self.names = select_parameters(module, adapt)
         chosen = dict(module.named_parameters())
         # Tensor identity is how integrations.torchopt pairs rates with an unnamed tuple of
@@ -95,42 +92,49 @@ class LSLR(nn.Module):
         self._sources = [chosen[name] for name in self.names]
         like = chosen[self.names[0]]
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        rates = torch.full((len(self.names), self.num_steps), float(lr), dtype=dtype)
+        rates = torch.full((len(self.names), self.num_steps), self.lr, dtype=dtype)
         self.rates = nn.Parameter(rates.to(like.device), requires_grad=learnable)
         self._second_order_checked = False
 
+    @overload
     def update(
-        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], step: int
-    ) -> dict[str, Tensor]:
+        self, params: Mapping[str, Tensor], grads: Grads, step: int
+    ) -> dict[str, Tensor]: ...
+    @overload
+    def update(self, params: Sequence[Tensor], grads: Grads, step: int) -> list[Tensor]: ...
+    def update(
+        self, params: Mapping[str, Tensor] | Sequence[Tensor], grads: Grads, step: int
+    ) -> dict[str, Tensor] | list[Tensor]:
         """Returns the parameters after one inner step; changes nothing.
 
         Args:
-            params: the parameters by name, at least the adapted ones, of any shapes.
-            grads: their gradients by name, of the same shapes; None leaves a parameter as it is.
+            params: the parameters by name, at least the adapted ones, of any shapes; or those of
+                ``names``, in their order, as ``torch.autograd.grad`` and functional nets have them.
+            grads: their gradients by name or in that order; None leaves a parameter as it is.
                 Ask ``torch.autograd.grad`` for the adapted ones alone (``names``): those of
                 per-step layers reach back through all earlier steps, at twice the cost.
             step: the inner step, 0-based.
 
         Returns:
-            All of ``params`` by name, the adapted ones updated.
+            All of ``params``, the adapted ones updated: a dict, or a list if that was given.
 
         Raises:
             KeyError: if an adapted parameter is missing from ``params`` or ``grads``.
-            TypeError: if one of these is not a dict.
-            ValueError: if ``step`` is out of range, or a gradient has another shape than its
-                parameter.
+            TypeError: if one of these is neither a dict nor a sequence.
+            ValueError: if ``step`` is out of range, a sequence has not one tensor for each name, or
+                a gradient has another shape than its parameter.
             RuntimeError: if the gradients have a graph (``create_graph=True``) in which something
                 has no second derivative; looked for in the first update alone.
 
         Example:
             >>> net = torch.nn.Linear(2, 1)
             >>> params = dict(net.named_parameters())
-            >>> grads = {name: torch.ones_like(p) for name, p in params.items()}
+            >>> grads = torch.autograd.grad(net(torch.ones(1, 2)).sum(), params.values())
             >>> sorted(LSLR(net, num_steps=5).update(params, grads, step=0))
             ['bias', 'weight']
         """
-        for given, what in ((params, "params"), (grads, "grads")):
-            self._check_names(given, what)
+        in_order = not isinstance(params, Mapping)
+        params, grads = by_name(self.names, params, "params"), by_name(self.names, grads, "grads")
         column = self._column(step)
         present = [i for i, name in enumerate(self.names) if grads[name] is not None]
         names = [self.names[i] for i in present]
@@ -141,7 +145,8 @@ class LSLR(nn.Module):
             self._second_order_checked = True  # of the first step; it takes some 100 us
         rates = column if len(names) == len(self.names) else column[present]
         adapted = descend([params[name] for name in names], chosen, rates)
-        return {**params, **dict(zip(names, adapted, strict=True))}
+        params |= zip(names, adapted, strict=True)
+        return [*params.values()] if in_order else params
 
     def rates_at(self, step: int) -> dict[str, Tensor]:
         """Returns the rates of an inner step by name, each 0-dim.
@@ -179,19 +184,6 @@ class LSLR(nn.Module):
             if source is tensor:
                 return name
         return None
-
-    def _check_names(self, given: Mapping[str, Any], what: str) -> None:
-        if not isinstance(given, Mapping):
-            raise TypeError(
-                f"{what} must be a dict by name, got {type(given).__name__}; pass "
-                "dict(model.named_parameters()), and dict(zip(lslr.names, grads)) as gradients"
-            )
-        missing = [name for name in self.names if name not in given]
-        if missing:
-            raise KeyError(
-                f"{what} lacks {listing(missing)} (it has {listing(list(given))}); pass every "
-                "adapted parameter by its name in named_parameters(), a missing gradient as None"
-            )
 
     def get_extra_state(self) -> dict[str, list[str]]:
         """Returns the names, which travel in the ``state_dict`` beside the rates."""

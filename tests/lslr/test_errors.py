@@ -47,10 +47,15 @@ RATES: dict[str, Row] = {
         TypeError,
         ("torch.nn.Module", "got generator", "pass the model itself"),
     ),
-    "update with lists": (
+    "update with a list too long": (
         lambda n: mpp.LSLR(n, 3).update([*n.parameters()], [*n.parameters()], 0),
+        ValueError,
+        ("params has 6 tensors", "LSLR adapts 4 ('body.weight', ", "in this order"),
+    ),
+    "update with a generator": (
+        lambda n: mpp.LSLR(n, 3).update(dict(n.named_parameters()), n.parameters(), 0),
         TypeError,
-        ("params must be a dict by name", "got list", "dict(model.named_parameters())"),
+        ("grads must be a dict by name, or a list", "got generator", "lslr.parameters_of(model)"),
     ),
     "lr nan": (lambda n: mpp.LSLR(n, 5, lr=math.nan), ValueError, ("lr", "finite", "got nan")),
     "lr inf": (lambda n: mpp.LSLR(n, 5, lr=math.inf), ValueError, ("lr", "finite", "got inf")),
