@@ -19,7 +19,7 @@ PARTS = ("(MSL)", "(DA)", "(BNRS)", "(BNWB)", "(LSLR)", "(CA)")
 
 def check(net: nn.Module, lslr: mpp.LSLR | None, optimizer: Any = None, **parts: Any) -> list[str]:
     findings = mpp.check_setup(net, lslr, optimizer, **parts)
-    assert all(f.startswith(("on: ", "off: ", "problem: ")) for f in findings)
+    assert all(f.startswith(("on: ", "off: ", "problem: ", "warning: ")) for f in findings)
     return findings
 
 
@@ -114,10 +114,6 @@ def losses_annealed_at_once(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
     return check(net, lslr, multi_step_loss=mpp.MultiStepLoss(3, 0))
 
 
-def order_annealed_at_once(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
-    return check(net, lslr, derivative_order=mpp.DerivativeOrderAnnealing(0))
-
-
 def flat_cosine(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
     return check(net, lslr, meta_scheduler=CosineAnnealingLR(adam(net), 10, eta_min=1e-3))
 
@@ -153,7 +149,6 @@ def rates_unreached(net: nn.Module, lslr: mpp.LSLR) -> list[str]:
         (other_steps_in_the_layers, ("layer 'norm' has num_steps=3", "LSLR has num_steps=5")),
         (other_steps_in_the_losses, ("MultiStepLoss has num_steps=5", "LSLR has num_steps=3")),
         (losses_annealed_at_once, ("multi-step loss", "0 epochs", "anneal_epochs=10")),
-        (order_annealed_at_once, ("first_order_epochs=0", "at least 1")),
         (flat_cosine, ("starts and ends at 0.001", "eta_min")),
         (another_models_rates, ("LSLR adapts 'weight', 'bias'", "build it from this model")),
         (parameters_unreached, ("no gradient reaches 'spare.weight', 'spare.bias'", "freeze it")),
@@ -166,6 +161,14 @@ def test_problems(
 ) -> None:
     found = problems(setup(net, lslr))
     assert [f for f in found if all(word in f for word in words)], found
+
+
+def test_no_first_order_epochs_are_second_order_from_the_start(net: nn.Module) -> None:
+    da = mpp.DerivativeOrderAnnealing(0)
+    assert da.second_order
+    (finding,) = [f for f in check(net, None, derivative_order=da) if "(DA)" in f]
+    assert finding.startswith("off: ")
+    assert "first_order_epochs=0 second order from the start" in finding
 
 
 def test_gradients_are_judged_after_a_backward_only(
@@ -200,3 +203,129 @@ def test_rates_of_rows_that_the_outer_loop_was_to_learn() -> None:
     found = [finding for finding in check(net, before) if "adapts rows" in finding]
     assert "'1.weight'" in found[0]
     assert not any("adapts rows" in finding for finding in check(net, mpp.LSLR(net, 3)))
+
+
+class Wrapper(nn.Module):
+    """As learn2learn's MAML holds its model, and the rates beside it."""
+
+    def __init__(self, module: nn.Module, lr: Any = None) -> None:
+        super().__init__()
+        self.module, self.lr = module, lr
+
+
+@pytest.mark.parametrize("holds_rates", [False, True])
+def test_a_wrapper_is_told_to_pass_its_model(
+    net: nn.Module, lslr: mpp.LSLR, holds_rates: bool
+) -> None:
+    maml = Wrapper(net, lslr if holds_rates else None)
+    (problem,) = problems(check(maml, lslr))
+    assert "under 'module.'" in problem
+    assert "check_setup(wrapper.module, lslr, ...)" in problem
+    assert not problems(check(maml.module, lslr))
+
+
+def test_norms_without_running_statistics_say_why() -> None:
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    (finding,) = [f for f in check(mpp.convert_batchnorm(plain, 3), None) if "(BNRS)" in f]
+    assert finding.startswith("off: ")
+    for words in ("'1'", "track_running_stats=False", "track_running_stats=True before the conv"):
+        assert words in finding
+
+
+class MetaBatchNorm1d(nn.BatchNorm1d):
+    """As torchmeta's: weights may be given to its forward."""
+
+    def forward(self, input: Tensor, params: Any = None) -> Tensor:
+        params = dict(self.named_parameters()) if params is None else params
+        return nn.functional.batch_norm(
+            input, None, None, params["weight"], params["bias"], training=True
+        )
+
+
+def test_what_is_advised_works() -> None:
+    """Of a layer that convert_batchnorm refuses, nobody is told to convert it."""
+    net = nn.Sequential(nn.Linear(3, 4), MetaBatchNorm1d(4))
+    (problem,) = problems(check(net, None))
+    with pytest.raises(ValueError, match="'1'"):
+        mpp.convert_batchnorm(net, 3)
+    assert "'1' (MetaBatchNorm1d) have no rows" in problem
+    assert "put nn.BatchNorm layers in their place" in problem
+    net[1] = nn.BatchNorm1d(4)
+    assert not problems(check(mpp.convert_batchnorm(net, 3), None))
+
+
+def test_rows_that_the_loop_never_updates(net: nn.Module, task: tuple[Tensor, ...]) -> None:
+    """Such as in torchmeta, whose update sees the parameters of its own modules alone."""
+    x, y, *_ = task
+    lslr = mpp.LSLR(net, 3, adapt="*")
+    assert [f for f in check(net, lslr) if "inner loop adapts rows" in f and f.startswith("on: ")]
+    params, rates = dict(net.named_parameters()), lslr.rates_at(0)
+    seen = [name for name in params if not name.startswith("norm")]
+    loss = nn.functional.cross_entropy(mpp.functional_call(net, params, x), y)
+    grads = torch.autograd.grad(loss, [params[name] for name in seen], create_graph=True)
+    adapted = {n: params[n] - rates[n] * g for n, g in zip(seen, grads, strict=True)}
+    mpp.functional_call(net, {**params, **adapted}, x).square().mean().backward()
+    (problem,) = [f for f in problems(check(net, lslr)) if "rows" in f]
+    assert "'norm.weight', 'norm.bias'" in problem
+    assert "adapt=None" in problem
+
+
+class OwnParameters(nn.Sequential):
+    """A functional net that hands out its list of weights alone."""
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return iter([*self[0].parameters(recurse)])
+
+
+def test_a_model_that_overrides_parameters() -> None:
+    plain = OwnParameters(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    net = mpp.convert_batchnorm(plain, 3)
+    lslr = mpp.LSLR(net, 3)
+    optimizer = torch.optim.Adam([*net.parameters(), *lslr.parameters()])
+    (problem,) = problems(check(net, lslr, optimizer))
+    assert "'1.weight', '1.bias'" in problem
+    assert "overrides parameters()" in problem
+    advised = [*dict(net.named_parameters()).values(), *lslr.parameters()]
+    assert "[*dict(module.named_parameters()).values(), *lslr.parameters()]" in problem
+    assert not problems(check(net, lslr, torch.optim.Adam(advised)))
+
+
+def at_rest(parts: dict[str, Any]) -> list[str]:
+    return problems(check(nn.Linear(2, 2), None, **parts))
+
+
+def cosine(epochs: int) -> CosineAnnealingLR:
+    return CosineAnnealingLR(adam(nn.Linear(2, 2)), epochs, eta_min=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (
+            {"derivative_order": mpp.DerivativeOrderAnnealing(1000), "meta_scheduler": cosine(19)},
+            ("first order for 1000 epochs", "T_max=19", "second order never", "for_run(19)"),
+        ),
+        (
+            {"derivative_order": mpp.DerivativeOrderAnnealing(20), "run_epochs": 20},
+            ("first order for 20 epochs", "run_epochs=20", "second order never comes"),
+        ),
+        (
+            {"multi_step_loss": mpp.MultiStepLoss(5, 10), "meta_scheduler": cosine(10)},
+            ("annealed over 10 epochs", "T_max=10", "never counts alone", "for_run(5, 10)"),
+        ),
+        ({"meta_scheduler": cosine(10), "run_epochs": 30}, ("T_max=10", "rises again")),
+        ({"meta_scheduler": cosine(90), "run_epochs": 30}, ("T_max=90", "stays high to the end")),
+    ],
+)
+def test_schedules_against_each_other(parts: dict[str, Any], words: tuple[str, ...]) -> None:
+    (problem,) = at_rest(parts)
+    assert not [word for word in words if word not in problem], problem
+
+
+def test_schedules_that_fit() -> None:
+    msl, da = mpp.MultiStepLoss.for_run(5, 20), mpp.DerivativeOrderAnnealing.for_run(20)
+    parts = {"multi_step_loss": msl, "derivative_order": da, "meta_scheduler": cosine(19)}
+    assert not at_rest(parts)
+    assert not at_rest({**parts, "run_epochs": 20})
+    del parts["meta_scheduler"]
+    assert not at_rest(parts)

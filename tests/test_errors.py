@@ -93,6 +93,11 @@ OUTSIDE: dict[str, Row] = {
         TypeError,
         ("derivative_order must be", "got MultiStepLoss", "by its own name"),
     ),
+    "setup, a run of 0 epochs": (
+        lambda n: mpp.check_setup(n, None, run_epochs=0),
+        ValueError,
+        ("run_epochs", "at least 1", "got 0"),
+    ),
     "torch, too old": (
         lambda n: import_with_torch("2.5.1+cpu"),
         ImportError,

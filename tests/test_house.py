@@ -89,7 +89,7 @@ def test_imports_point_downwards(copy: Path) -> None:
             "No file imports another in a circle",
         ),
         (
-            "check_setup.py",
+            "check_setup/wiring.py",
             "from mamlpp_ext.lslr.rates import LSLR as Rates",
             "What the room lslr does not hand on",
         ),

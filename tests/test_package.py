@@ -39,7 +39,7 @@ SIGNATURES = {
         "TaskBatchResult": "loss step_losses logits",
         "at_step": "module step",
         "check_setup": "module lslr meta_optimizer *multi_step_loss *derivative_order "
-        "*meta_scheduler",
+        "*meta_scheduler *run_epochs",
         "convert_batchnorm": "module num_steps *extra_steps",
         "convert_norm": "module num_steps *extra_steps",
         "frozen_statistics": "module",
