@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mamlpp_ext.torch_private import missing_derivatives
+from mamlpp_ext.torch_private import (
+    DifferentiableWeightNorm,
+    has_weight_norm,
+    missing_derivatives,
+)
 
 # By a word of the operation, what can be differentiated twice in its place.
 _FORMS = {
@@ -20,6 +24,7 @@ _FORMS = {
     "dist_backward": "(a[:, None] - b).square().sum(-1).sqrt()",
     "functions with out=": "another layer (of torch's own, LocalResponseNorm for CrossMapLRN2d)",
     "dot_product": "sdpa_kernel(SDPBackend.MATH) inside the forward",
+    "weight_norm": "mpp.twice_differentiable(model) around the loop (torch's own is wrong)",
 }
 # What some of them say themselves (2.13).
 _UNKNOWN = (
@@ -36,8 +41,10 @@ def twice_differentiable(module: nn.Module, *, second_order: bool = True) -> Ite
     Its fused attention (2.13) and cuDNN's recurrent layers have none. Here
     ``F.scaled_dot_product_attention`` is computed by torch's own ``SDPBackend.MATH``, and recurrent
     layers on a GPU without cuDNN (convolutions of the same model, too); dropout, masks and causal
-    attention mean what they mean. The adapters' ``innerloop_ctx`` and :func:`task_batch_loss` do
-    this by themselves in second order; a loop of your own does it around itself.
+    attention mean what they mean. ``weight_norm`` is composed of other operations: its kernel
+    (2.13), differentiated twice, takes the norm for a constant. The adapters' ``innerloop_ctx`` and
+    :func:`task_batch_loss` do this by themselves in second order; a loop of your own does it around
+    itself.
 
     Args:
         module: the model.
@@ -65,6 +72,8 @@ def twice_differentiable(module: nn.Module, *, second_order: bool = True) -> Ite
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if any(_takes_cudnn(layer) for layer in module.modules()):
                 stack.enter_context(_without_cudnn())
+            if any(has_weight_norm(layer) for layer in module.modules()):
+                stack.enter_context(DifferentiableWeightNorm())
         try:
             yield
         except RuntimeError as error:

@@ -4,26 +4,27 @@ What it touches of higher 0.2.1, which is no longer maintained (``tests/integrat
 holds it): ``innerloop_ctx``, ``register_optim``, ``optim.DifferentiableOptimizer`` (its
 ``__init__``, ``step``, ``_update``, ``_apply_override``, ``param_groups``, ``_grad_callback``,
 ``_track_higher_grads``, ``_fmodel``, ``_group_to_param_list``), the patched module's
-``fast_params``, ``update_params``, ``_refill_params_box`` and its submodules' ``_buffers``.
+``fast_params``, and what :mod:`~mamlpp_ext.integrations.twins` names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.checks import check_version, checked_loss, checked_order
+from mamlpp_ext.checks import check_version, checked_loss, checked_order, listing
 from mamlpp_ext.fast_kernels import twice_differentiable
+from mamlpp_ext.integrations.buffers import BufferCopies, buffers_kept_on_error
 from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.integrations.lslr_optimizer import LSLROptimizer
+from mamlpp_ext.integrations.twins import complete_twins
 from mamlpp_ext.lslr import LSLR, support_gradients
-from mamlpp_ext.norm import FusedSequential
 from mamlpp_ext.steps import step_counters, steps_restored, with_order
-from mamlpp_ext.torch_private import held
+from mamlpp_ext.torch_private import graph_leaves
 
 try:
     import higher
@@ -66,6 +67,9 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
     def __init__(self, other: LSLROptimizer, *args: Any, **kwargs: Any) -> None:
         super().__init__(other, *args, **kwargs)
         self.lslr = other.lslr
+        (group,) = other.param_groups
+        self._initial = list(group["params"])
+        self.pairs = [] if self._fmodel is None else complete_twins(other.module, self._fmodel)
 
     def step(
         self,
@@ -88,7 +92,7 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
             The new parameters, in the order of ``module.parameters()``.
 
         Raises:
-            RuntimeError: if ``loss`` has no graph.
+            RuntimeError: if ``loss`` has no graph, or depends on nothing that is adapted.
             TypeError: if it is no tensor.
             ValueError: after more steps than the rates have columns, or for an ``override`` of
                 another setting.
@@ -133,7 +137,22 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         # it also cuts the updated weights off the initial ones, which is not first-order MAML.
         (group,) = self.param_groups
         graph, first = group["second_order"] and self._track_higher_grads, not group["inner_step"]
-        return support_gradients(loss, params, create_graph=graph, first=first)
+        grads = support_gradients(loss, params, create_graph=graph, first=first)
+        if first and any(grad is None for grad in grads):
+            self._check_twins_are_called(loss, grads)
+        return grads
+
+    def _check_twins_are_called(self, loss: Tensor, grads: list[Tensor | None]) -> None:
+        reached = graph_leaves(loss)
+        every = zip(self.lslr.names, self._initial, grads, strict=True)
+        called = [name for name, p, grad in every if grad is None and id(p) in reached]
+        if called and self._fmodel is not None:
+            raise RuntimeError(
+                f"the support loss depends on {listing(called)} of the model itself, not of the "
+                "patched one that is adapted: call fnet(x), not net(x); a model that calls its "
+                "layers by a reference that cannot be followed (an object that holds them) is for "
+                "mamlpp_ext.integrations.torchopt or task_batch_loss, which patch nothing"
+            )
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
         (group,), (grads,) = self.param_groups, grouped_grads
@@ -168,7 +187,7 @@ def innerloop_ctx(
         ``(fnet, diffopt)``: the patched model and its :class:`DifferentiableLSLR`.
 
     Raises:
-        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`.
+        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`, or higher cannot patch ``net``.
         ValueError: if ``lslr`` was made for another model, or ``net`` is patched already.
         RuntimeError: if another ``innerloop_ctx`` on ``net`` is open.
 
@@ -189,59 +208,36 @@ def innerloop_ctx(
     optimizer, counters = LSLROptimizer(net, lslr, second_order), step_counters(net)
     with (
         exclusive(net),
+        buffers_kept_on_error(net),
         steps_restored(counters),
         with_order(counters, second_order and track_higher_grads),
         twice_differentiable(net, second_order=second_order and track_higher_grads),
-        higher.innerloop_ctx(
+        _patched(net, optimizer, track_higher_grads) as (fnet, diffopt),
+    ):
+        copies = BufferCopies(diffopt.pairs)
+        yield fnet, diffopt
+        if track_higher_grads:
+            copies.write_back()
+
+
+@contextmanager
+def _patched(
+    net: nn.Module, optimizer: LSLROptimizer, track_higher_grads: bool
+) -> Iterator[tuple[Any, DifferentiableLSLR]]:
+    with ExitStack() as stack:
+        context = higher.innerloop_ctx(
             net,
             optimizer,
             copy_initial_weights=not track_higher_grads,
             track_higher_grads=track_higher_grads,
-        ) as (fnet, diffopt),
-    ):
-        _keep_parameters_current(fnet)
-        pairs = _paired_buffers(net, fnet)
-        yield fnet, diffopt
-        if track_higher_grads:
-            _write_back(pairs)
-
-
-def _keep_parameters_current(fnet: Any) -> None:
-    """Lets fused layers read the parameters of theirs without calling them.
-
-    higher gives each layer those of ``fnet(x, params=...)`` only as that layer is called.
-    """
-    patched = type(fnet)  # a class of its own
-    refill = patched._refill_params_box
-
-    def refill_layers_too(self: Any, params: Iterable[Tensor] | None) -> None:
-        if params is not None:
-            self.update_params(params)
-        refill(self, None)
-
-    patched._refill_params_box = refill_layers_too
-    for layer in fnet.modules():
-        if isinstance(layer, FusedSequential):
-            layer.has_current_parameters = True
-
-
-def _paired_buffers(net: nn.Module, fnet: nn.Module) -> list[tuple[Tensor, nn.Module, str]]:
-    """Returns each buffer of ``net`` and where the patched model keeps its own."""
-    pairs: dict[int, tuple[Tensor, nn.Module, str]] = {}
-    for path, module in net.named_modules(remove_duplicate=False):
-        patched = fnet.get_submodule(path)
-        for key, buffer in held(module, "buffers").items():
-            if buffer is None:
-                continue
-            if id(buffer) in pairs:  # higher patches a shared module once for each of its places
-                _, twin, twin_key = pairs[id(buffer)]
-                held(patched, "buffers")[key] = held(twin, "buffers")[twin_key]
-            else:
-                pairs[id(buffer)] = (buffer, patched, key)
-    return list(pairs.values())
-
-
-@torch.no_grad()
-def _write_back(pairs: list[tuple[Tensor, nn.Module, str]]) -> None:
-    for buffer, patched, key in pairs:
-        buffer.copy_(held(patched, "buffers")[key])
+        )
+        try:
+            pair = stack.enter_context(context)
+        except Exception as error:
+            raise TypeError(
+                f"higher cannot patch this {type(net).__name__} ({type(error).__name__}: "
+                f"{error}): it makes a class of its own for every layer and copies what the layer "
+                "holds, which some (compiled, scripted, abstract, distributed) do not allow; use "
+                "task_batch_loss or mamlpp_ext.integrations.torchopt, which patch nothing"
+            ) from error
+        yield pair

@@ -43,7 +43,7 @@ class LSLROptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, module: nn.Module, lslr: LSLR, second_order: bool = True) -> None:
-        self.lslr = checked_lslr(lslr)
+        self.lslr, self.module = checked_lslr(lslr), module
         params = list(lslr.parameters_of(module).values())
         # The rates stay out of the group: higher copies groups deeply, which cuts a learnable rate
         # off its leaf. The position in the inner loop is in it, so that higher takes it over.

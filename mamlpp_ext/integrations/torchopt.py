@@ -54,9 +54,8 @@ def lslr_transform(lslr: LSLR) -> GradientTransformation:
 
     Chains with others, e.g. after clipping:
     ``torchopt.chain(torchopt.clip.clip_grad_norm(1.0), lslr_transform(lslr))``. The parameters may
-    be a dict by name (``dict(net.named_parameters())``), or the flat tuple that
-    ``torchopt.MetaOptimizer`` passes, which is paired with the rates by tensor identity: torchopt
-    flattens a module's ``bias`` before its ``weight``, so position would pair them wrongly.
+    be a dict by name (``dict(net.named_parameters())``), or the flat tuple of MetaOptimizer, paired
+    with the rates by tensor identity: torchopt flattens ``bias`` before ``weight``.
 
     Args:
         lslr: the rates.
@@ -101,10 +100,9 @@ def lslr_transform(lslr: LSLR) -> GradientTransformation:
 
 
 def _names_of(lslr: LSLR, params: Any) -> tuple[str | None, ...]:
-    names: list[str | None] = []
-    for path, leaf in zip(pytree.tree_paths(params), pytree.tree_leaves(params), strict=True):
-        keys = ".".join(map(str, path))
-        names.append(keys if keys in lslr.names else lslr.name_of(leaf))
+    leaves = zip(pytree.tree_paths(params), pytree.tree_leaves(params), strict=True)
+    keys = [(".".join(map(str, path)), leaf) for path, leaf in leaves]
+    names = [key if key in lslr.names else lslr.name_of(leaf) for key, leaf in keys]
     missing = [name for name in lslr.names if name not in names]
     if missing:
         raise ValueError(
@@ -139,7 +137,7 @@ class MetaLSLR(torchopt.MetaOptimizer):
         second_order: as the argument; may be set at any time between steps.
 
     Raises:
-        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`.
+        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`, or a layer is scripted.
         ValueError: if ``lslr`` was made for another model, or ``net`` is inside an inner loop.
 
     Example:
@@ -164,8 +162,14 @@ class MetaLSLR(torchopt.MetaOptimizer):
         names = {id(p): name for name, p in parameters.items()}
         # A parameter tied to several places is adapted in all of them.
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {n: [] for n in parameters}
-        for module in net.modules():
-            for key, p in (own := held(module, "parameters")).items():
+        for path, module in net.named_modules():
+            own = held(module, "parameters")
+            if not isinstance(own, dict):
+                raise TypeError(
+                    f"'{path}' ({type(module).__name__}) is scripted and takes no other weights "
+                    "from torchopt; use task_batch_loss, or the layer it was made of"
+                )
+            for key, p in own.items():
                 if id(p) in names:
                     self._places[names[id(p)]].append((own, key))
 
@@ -178,14 +182,14 @@ class MetaLSLR(torchopt.MetaOptimizer):
             loss: the support loss, 0-dim.
 
         Raises:
-            RuntimeError: if ``loss`` has no graph.
+            RuntimeError: if ``loss`` has no graph, or depends on nothing that is adapted.
             TypeError: if it is no tensor.
             ValueError: after more steps than the rates have columns.
         """
         params = {name: places[0][0][places[0][1]] for name, places in self._places.items()}
         state: Any = self.state_groups[0]
-        if first := isinstance(state, UninitializedState):
-            state = self.impl.init(params)
+        first = isinstance(state, UninitializedState)
+        state = self.impl.init(params) if first else state
         found = support_gradients(
             checked_loss(loss), [*params.values()], create_graph=self.second_order, first=first
         )
@@ -202,8 +206,7 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
     """An inner loop on ``net`` itself, with the manners of ``higher.innerloop_ctx``.
 
     Inside, ``inner_opt.step(loss)`` adapts ``net`` in place; on exit its weights are the
-    meta-parameters again and its running statistics stay as the loop left them. After an exception
-    buffers too are what they were before.
+    meta-parameters again, and its buffers as the loop left them (after an exception, as before it).
 
     Args:
         net: the model.
@@ -215,7 +218,7 @@ def innerloop_ctx(net: nn.Module, lslr: LSLR, *, second_order: bool = True) -> I
         The :class:`MetaLSLR` of this inner loop.
 
     Raises:
-        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`.
+        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`, or a layer is scripted.
         ValueError: if ``lslr`` was made for another model, or ``net`` holds adapted weights.
         RuntimeError: if another ``innerloop_ctx`` on ``net`` is open.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mamlpp_ext.checks import chosen_names, listing
 from mamlpp_ext.steps import per_step_tables
@@ -18,8 +20,21 @@ def select_parameters(module: nn.Module, adapt: Adapt) -> tuple[str, ...]:
 
     Raises:
         TypeError: if ``adapt`` is none of the forms of :data:`Adapt`.
-        ValueError: if a pattern matches nothing, nothing is left, or the weights are adapted ones.
+        ValueError: if a pattern matches nothing, nothing is left, the weights are adapted ones or
+            not there yet, or the model is scripted.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"this {type(module).__name__} is scripted, and torch gives such a model no other "
+            "weights than its own; adapt the model that it was made of, and script that after "
+            "training"
+        )
+    lazy = [name for name, p in module.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"{listing(lazy)} of {type(module).__name__} are lazy and have no shape yet; run one "
+            "batch through the model first"
+        )
     if any(p.grad_fn is not None for p in module.parameters()):
         raise ValueError(
             f"{type(module).__name__} holds adapted weights instead of parameters: patched, or "

@@ -42,7 +42,7 @@ def functional_call(
 
     Raises:
         KeyError: if a name is none of the model's.
-        TypeError: if ``module`` is no module or ``params`` no dict.
+        TypeError: if ``module`` is no module, or DataParallel, or ``params`` no dict.
         ValueError: if two names are of the same tensor.
         RuntimeError: if its forward checkpoints activations.
 
@@ -86,8 +86,15 @@ def places_of(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
     Raises:
         KeyError: if a name is none of the model's.
+        TypeError: if the model is a DataParallel.
         ValueError: if two are of the same tensor.
     """
+    if isinstance(module, nn.DataParallel):
+        raise TypeError(
+            "DataParallel copies its own weights to every device, so that it cannot be called with "
+            "others; pass the model in it, its .module (for several devices there is "
+            "DistributedDataParallel around TaskBatchLoss)"
+        )
     wanted = dict.fromkeys(names)
     found: dict[str, Tensor] = {}  # what stands under every name
     places: dict[str, Tensor] = {}  # the same, each place under its first name alone

@@ -123,8 +123,9 @@ class LSLR(nn.Module):
             TypeError: if one of these is neither a dict nor a sequence.
             ValueError: if ``step`` is out of range, a sequence has not one tensor for each name, or
                 a gradient has another shape than its parameter.
-            RuntimeError: if the gradients have a graph (``create_graph=True``) in which something
-                has no second derivative; looked for in the first update alone.
+            RuntimeError: if every gradient is None; if the gradients have a graph
+                (``create_graph=True``) in which something has no second derivative, looked for in
+                the first update alone.
 
         Example:
             >>> net = torch.nn.Linear(2, 1)
@@ -138,6 +139,14 @@ class LSLR(nn.Module):
         column = self._column(step)
         present = [i for i, name in enumerate(self.names) if grads[name] is not None]
         names = [self.names[i] for i in present]
+        if not names:
+            raise RuntimeError(
+                f"every gradient of inner step {step} is None, so nothing would be adapted: the "
+                f"support loss depends on none of {listing(list(self.names))} as they are at this "
+                "step; predict inside of the loop, after the step before, by the model that is "
+                "adapted (in higher fnet(x), not net(x); in a loop of your own "
+                "functional_call(net, params, x))"
+            )
         chosen: Any = [grads[name] for name in names]
         check_shapes(names, params, chosen)
         if not self._second_order_checked and any(grad.requires_grad for grad in chosen):

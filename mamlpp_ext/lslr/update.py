@@ -40,10 +40,14 @@ def descend(params: Sequence[Tensor], grads: Sequence[Tensor], rates: Tensor) ->
 
     Args:
         params: of any shapes.
-        grads: of the same shapes.
-        rates: [len(params)].
+        grads: of the same shapes; sparse ones count as dense.
+        rates: real, [len(params)].
     """
+    # An Embedding(sparse=True) has sparse gradients, which no formula here is for.
+    grads = [g if g.layout == torch.strided else g.to_dense() for g in grads]
     if torch.compiler.is_compiling() or transforms_active() or not params:
+        return descend_reference(params, grads, rates)
+    if any(t.is_complex() for t in (*params, *grads)):
         return descend_reference(params, grads, rates)
     apply: Any = _Descend.apply
     return apply(rates, *params, *grads)  # type: ignore[no-any-return]
@@ -54,8 +58,13 @@ def descend_reference(
 ) -> tuple[Tensor, ...]:
     """What :func:`descend` computes, composed of differentiable operations."""
     triples = zip(params, grads, rates.unbind(), strict=True)
-    updated = [torch.addcmul(param, grad, rate, value=-1) for param, grad, rate in triples]
-    return _alike(updated, params)
+    return _alike([_less(*triple) for triple in triples], params)
+
+
+def _less(param: Tensor, grad: Tensor, rate: Tensor) -> Tensor:
+    if param.is_complex():  # the closed forms, and addcmul's own, are for real numbers
+        return param - rate * grad
+    return torch.addcmul(param, grad, rate, value=-1)
 
 
 class _Descend(QuickFunction):

@@ -6,12 +6,14 @@ from mamlpp_ext.norm.convert_batch_norm import convert_batchnorm
 from mamlpp_ext.norm.convert_norms import convert_norm
 from mamlpp_ext.norm.frozen import frozen_statistics
 from mamlpp_ext.norm.fused_sequential import FusedSequential
+from mamlpp_ext.norm.references import References
 
 __all__ = [
     "FusedSequential",
     "PerStepBatchNorm1d",
     "PerStepBatchNorm2d",
     "PerStepBatchNorm3d",
+    "References",
     "convert_batchnorm",
     "convert_norm",
     "frozen_statistics",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 from collections import Counter
@@ -26,6 +25,7 @@ from mamlpp_ext.norm.batch_norm_subclass import (
 )
 from mamlpp_ext.norm.frozen import FrozenBatchNorm
 from mamlpp_ext.norm.fused_sequential import FusedSequential
+from mamlpp_ext.norm.references import copied, follow
 from mamlpp_ext.norm.tables import checked_settings
 from mamlpp_ext.steps import InnerStep, per_step_layers
 from mamlpp_ext.torch_private import held, is_batch_norm, is_hooked
@@ -79,7 +79,7 @@ def convert_batchnorm(
     settings = checked_settings("convert_batchnorm", module, num_steps, extra_steps)
     check_convertible(module)
     # The surgery works on the copy: a failure leaves no trace.
-    return convert_copy(copy.deepcopy(module), *settings)
+    return convert_copy(copied(module), *settings)
 
 
 def convert_copy(
@@ -98,6 +98,7 @@ def convert_copy(
         for name, child in children.items():  # a shared child stands here several times
             if id(child) in replaced:
                 children[name] = replaced[id(child)]
+    follow(converted, dict(replaced))
     _fuse(converted)
     return replaced.get(id(converted), converted)
 

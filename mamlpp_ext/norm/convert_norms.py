@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -11,6 +10,7 @@ from mamlpp_ext.checks import ExtraSteps
 from mamlpp_ext.norm.any_layer import check_owners, give_rows
 from mamlpp_ext.norm.convert_batch_norm import check_convertible, convert_copy
 from mamlpp_ext.norm.instance_norm import become_per_step_instance_norm, is_instance_norm
+from mamlpp_ext.norm.references import copied
 from mamlpp_ext.norm.tables import checked_settings
 from mamlpp_ext.steps import per_step_layers, per_step_tables
 from mamlpp_ext.torch_private import held, is_batch_norm, keeps_statistics
@@ -78,7 +78,7 @@ def convert_norm(
     for name, layer in module.named_modules():
         _check_instance_norm(layer, name)
     check_owners(module, names, settings)
-    converted = copy.deepcopy(module)  # a failure below leaves no trace
+    converted = copied(module)  # a failure below leaves no trace
     give_rows(converted, names, settings)
     for name in instance_norms:
         become_per_step_instance_norm(converted.get_submodule(name), *settings)

@@ -18,16 +18,24 @@ away in turn). What each function says when its part is missing is in its docstr
   closed forms are left out. The names of graph nodes: torch's own message comes, later.
   ``_version`` of a tensor: it counts as written to. ``_cuda_clearCublasWorkspaces``: CUDA graphs
   may share a workspace.
+- ``weight_norm``: ``torch._weight_norm``: it is not replaced.
 - ``trees``: ``torch.utils._pytree``: tuples, lists and dicts alone are taken apart.
 
 Elsewhere in the package no private name of torch stands but ``_load_from_state_dict``, which
 torch's own layers override as ours do.
 """
 
-from mamlpp_ext.torch_private.modules import held, is_batch_norm, keeps_statistics
+from mamlpp_ext.torch_private.modules import (
+    forget_compiled,
+    held,
+    hold_parameters,
+    is_batch_norm,
+    keeps_statistics,
+)
 from mamlpp_ext.torch_private.operators import (
     changes_of,
     forget_workspaces,
+    graph_leaves,
     graph_names,
     has_operators,
     missing_derivatives,
@@ -49,22 +57,30 @@ from mamlpp_ext.torch_private.transforms import (
 from mamlpp_ext.torch_private.trees import flatten_tree
 from mamlpp_ext.torch_private.watchers import (
     global_hooks,
+    hooks_of,
     in_backward,
     is_called_plainly,
     is_hooked,
     modes_active,
 )
+from mamlpp_ext.torch_private.weight_norm import DifferentiableWeightNorm, has_weight_norm
 
 __all__ = [
+    "DifferentiableWeightNorm",
     "changes_of",
     "flatten_tree",
+    "forget_compiled",
     "forget_workspaces",
     "forward_mode_active",
     "forward_mode_enabled",
     "global_hooks",
+    "graph_leaves",
     "graph_names",
     "has_operators",
+    "has_weight_norm",
     "held",
+    "hold_parameters",
+    "hooks_of",
     "in_backward",
     "innermost_vmap",
     "is_batch_norm",

@@ -46,3 +46,13 @@ def held(module: nn.Module, kind: Literal["parameters", "buffers", "modules"]) -
             "of those"
         )
     return own
+
+
+def hold_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
+    """Has a module hold its parameters in this dict; missing: it is one attribute more."""
+    vars(module)["_parameters"] = parameters
+
+
+def forget_compiled(module: nn.Module) -> None:
+    """Has calls of a module run its forward, not what was compiled; missing: likewise."""
+    vars(module)["_compiled_call_impl"] = None

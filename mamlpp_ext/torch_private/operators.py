@@ -23,11 +23,13 @@ _OPERATORS = (
 )
 _NEVER = itertools.count(-1, -1)
 
-# Nodes that look as others do and raise when they are called (2.13).
+# Nodes that look as others do and raise when they are called (2.13), or whose backward is not what
+# it says: that of weight_norm takes its norm for a constant.
 _RAISE = {
     "CdistBackwardBackward": "aten::_cdist_backward",
     "EmbeddingBagBackwardBackward": "aten::_embedding_bag_backward",
     "PdistBackwardBackward": "aten::_pdist_backward",
+    "WeightNormInterfaceBackward": "aten::_weight_norm_interface",
 }
 
 
@@ -59,6 +61,12 @@ def missing_derivatives(grads: Iterable[Tensor | None]) -> list[str]:
 def graph_names(tensor: Tensor) -> set[str]:
     """Returns what torch calls the functions behind a tensor."""
     return {node.name() for node in _graph([tensor])}
+
+
+def graph_leaves(tensor: Tensor) -> set[int]:
+    """Returns the ids of the tensors that a backward of this one would reach; missing: none."""
+    variables = (getattr(node, "variable", None) for node in _graph([tensor]))
+    return {id(variable) for variable in variables if variable is not None}
 
 
 def _graph(tensors: Iterable[Tensor | None]) -> Iterator[Any]:

@@ -44,6 +44,12 @@ def is_hooked(layer: nn.Module) -> bool:
     return any(about.get(name, True) for name in _HOOKS)
 
 
+def hooks_of(layer: nn.Module) -> dict[str, dict[int, Any]]:
+    """Returns the hooks of this very module by the attribute that holds them; missing: none."""
+    about = vars(layer)
+    return {name: about[name] for name in _HOOKS if name in about}
+
+
 def is_called_plainly(layer: nn.Module) -> bool:
     """Returns whether calling ``layer`` is calling the forward of its class; missing: False."""
     about = vars(layer)

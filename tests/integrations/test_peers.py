@@ -25,6 +25,7 @@ from torchopt import base, pytree
 
 from mamlpp_ext.integrations import higher as mpp_higher
 from mamlpp_ext.integrations import torchopt as mpp_torchopt
+from mamlpp_ext.integrations import twins
 
 
 def parameters(thing: Callable[..., Any]) -> list[str]:
@@ -179,13 +180,17 @@ def test_torchopt_flattens_with_none_as_a_leaf() -> None:
     assert (paths, pytree.tree_leaves(tree)) == (["a.0", "a.1", "b"], [3, 2, 1])
 
 
-OURS = {"_names_of", "_places", "_check_names", "_grads", "_parameters", "_paired_buffers"} | {
-    "_write_back",
-    "_replace",
+OURS = {"_names_of", "_places", "_check_names", "_grads", "_replace"} | {
+    "_check_twins_are_called",
+    "_initial",
+    "_moved",
+    "_twins",
 }
 
 
-@pytest.mark.parametrize("adapter", [mpp_higher, mpp_torchopt], ids=["higher", "torchopt"])
+@pytest.mark.parametrize(
+    "adapter", [mpp_higher, twins, mpp_torchopt], ids=["higher", "twins", "torchopt"]
+)
 def test_every_touch_is_named_in_the_docstring(adapter: Any) -> None:
     """What the source reads of the peer, and every private attribute, is in the list."""
     tree = ast.parse(Path(adapter.__file__).read_text(encoding="utf-8"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 
 from torch import nn
 
 from mamlpp_ext.checks import ExtraSteps, chosen_names, listing
 from mamlpp_ext.norm.any_layer.give_rows import check_owners, give_rows
+from mamlpp_ext.norm.references import copied
 from mamlpp_ext.norm.tables import checked_settings
 from mamlpp_ext.steps import per_step_tables
 
@@ -70,6 +70,6 @@ def per_step_parameters(
             f"grad and have no rows yet: {listing(free)}"
         )
     check_owners(module, chosen, settings)
-    converted = copy.deepcopy(module)  # a failure below leaves no trace
+    converted = copied(module)  # a failure below leaves no trace
     give_rows(converted, chosen, settings)
     return converted

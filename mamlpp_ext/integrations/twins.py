@@ -1,0 +1,114 @@
+"""What higher's patched twins of modules lack: hooks, one twin for a shared module, references.
+
+higher makes a twin of every module, of a class of its own, and gives it what is in the module's
+dictionary as it is. What refers to modules there (a bound method, a wrapped ``forward``, a list of
+layers) still means the model itself, whose weights nobody adapts.
+
+What it touches of higher: the patched module's ``update_params`` and ``_refill_params_box``, its
+layers' dictionaries (``_parameters``, ``_modules``, hooks, ``_compiled_call_impl``), and that it
+asks ``_parameters`` for the ``_flat_weights_names`` of recurrent layers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from mamlpp_ext.lslr import without_hooks
+from mamlpp_ext.norm import FusedSequential, References
+from mamlpp_ext.torch_private import forget_compiled, held, hold_parameters, hooks_of
+
+
+def complete_twins(net: nn.Module, fnet: Any) -> list[tuple[nn.Module, nn.Module]]:
+    """Gives the patched model what the model has: hooks, shared layers, references to its own.
+
+    Args:
+        net: the model.
+        fnet: what higher made of it.
+
+    Returns:
+        Each module of the model, once, and its twin.
+
+    Raises:
+        TypeError: if the model is a DataParallel over several devices.
+    """
+    if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in net.modules()):
+        raise TypeError("DataParallel would copy what is patched to other devices")
+    pairs = _paired(net, fnet)
+    references = References({id(module): twin for module, twin in pairs})
+    for module, twin in pairs:
+        own = vars(twin)
+        for name in vars(module).keys() & own.keys():
+            own[name] = references.moved(own[name])
+        for name, hooks in hooks_of(module).items():
+            # Copies: hooks that are registered on the patched model end with it.
+            own[name] = OrderedDict((key, references.moved(hook)) for key, hook in hooks.items())
+        forget_compiled(twin)  # it is the model's own, with its weights
+        if "_flat_weights_names" in own:
+            hold_parameters(twin, _Weights(twin))
+        if isinstance(twin, FusedSequential):
+            twin.has_current_parameters = True
+        _make_originals(type(twin), type(module))
+    _keep_parameters_current(type(fnet))
+    return pairs
+
+
+def _paired(net: nn.Module, fnet: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Returns each module and its twin; what stands in several places gets one twin for all."""
+    pairs: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for path, module in net.named_modules(remove_duplicate=False):
+        if id(module) in pairs:  # higher patches it once for each of its places
+            parent, _, name = path.rpartition(".")
+            held(fnet.get_submodule(parent), "modules")[name] = pairs[id(module)][1]
+        else:
+            pairs[id(module)] = module, fnet.get_submodule(path)
+    return list(pairs.values())
+
+
+class _Weights(OrderedDict[str, Tensor]):
+    """The parameters of a recurrent layer, of which higher asks those that are computed, too."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        super().__init__(held(twin, "parameters"))
+        self.twin = weakref.proxy(twin)
+
+    def __missing__(self, name: str) -> Tensor:
+        return getattr(self.twin, name)  # type: ignore[no-any-return]
+
+
+def _make_originals(patched: type[nn.Module], original: type[nn.Module]) -> None:
+    """Lets ``self.__class__(...)``, as in a slice of a ``ModuleList``, make what it says."""
+
+    def make(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    patched.__new__ = make  # type: ignore[method-assign, assignment]
+
+
+def _keep_parameters_current(patched: Any) -> None:
+    """Lets layers, their hooks and methods find the parameters in place before they are called.
+
+    higher gives each layer those of ``fnet(x, params=...)`` only as that layer is called, and a
+    layer that is called by itself those of the first such call, whatever came after it.
+    """
+    call, update, refill = patched.__call__, patched.update_params, patched._refill_params_box
+
+    def update_all(self: Any, params: Iterable[Tensor]) -> None:
+        update(self, params)
+        refill(self, None)
+
+    def refill_all(self: Any, params: Iterable[Tensor] | None) -> None:
+        refill(self, None) if params is None else update_all(self, params)
+
+    def call_current(self: Any, *args: Any, params: Any = None, **kwargs: Any) -> Any:
+        if params is not None:
+            update_all(self, params)
+        with without_hooks():
+            return call(self, *args, **kwargs)
+
+    patched.__call__, patched.update_params = call_current, update_all
+    patched._refill_params_box = refill_all

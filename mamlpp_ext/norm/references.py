@@ -1,0 +1,166 @@
+"""What refers to modules that are replaced, and copies that refer to their own."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from mamlpp_ext.torch_private import held
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """Returns a copy of a model, in which functions too refer to the copied layers.
+
+    ``copy.deepcopy`` leaves functions as they are, and what they capture with them: a wrapped
+    ``forward`` of the copy would call the original.
+
+    Raises:
+        ValueError: if it cannot be copied.
+    """
+    try:
+        new = copy.deepcopy(module)
+    except Exception as error:
+        raise ValueError(
+            f"this {type(module).__name__} cannot be copied, which conversion begins with: "
+            f"{_in_the_way(module) or error}; delete that first (a tensor may be kept detached), "
+            "and set it on the converted model; for the old torch.nn.utils.weight_norm, which "
+            "keeps a weight with a graph, take torch.nn.utils.parametrizations.weight_norm"
+        ) from error
+    layers = dict(new.named_modules())
+    follow(new, {id(old): layers[path] for path, old in module.named_modules() if path in layers})
+    return new
+
+
+def follow(module: nn.Module, replaced: dict[int, nn.Module]) -> None:
+    """Lets what the layers of a model hold refer to what replaces some modules, in place."""
+    references = References(replaced)
+    for layer in module.modules():
+        own = vars(layer)
+        own.update({name: references.moved(value) for name, value in own.items()})
+
+
+def _in_the_way(module: nn.Module) -> str:
+    layers = list(module.modules())
+    for path, layer in module.named_modules():
+        own = {**vars(layer), **held(layer, "parameters"), **held(layer, "buffers")}
+        for name, value in reversed(own.items()):  # what holds all parameters comes last
+            try:
+                copy.deepcopy(value, {id(other): other for other in layers})
+            except Exception as error:
+                where = f"{path}.{name}".lstrip(".")
+                return f"'{where}' is in the way, of type {type(value).__name__} ({error})"
+    return ""
+
+
+class References:
+    """Turns what refers to modules into what refers to those that replace them.
+
+    It looks into bound methods, functions with what they capture, partials, weak references and
+    containers, not into other objects.
+
+    Args:
+        replaced: what stands for each module, by the module's id.
+    """
+
+    def __init__(self, replaced: dict[int, nn.Module]) -> None:
+        self._replaced = replaced
+        self._moved: dict[int, tuple[Any, Any]] = {}
+
+    def moved(self, value: Any) -> Any:
+        """Returns ``value`` itself if it refers to none of the modules, else what it becomes."""
+        move = _MOVES.get(type(value))
+        if move is None:
+            return self._replaced.get(id(value), value)
+        if id(value) not in self._moved:
+            self._moved[id(value)] = value, value  # where it is met within itself
+            self._moved[id(value)] = value, move(self, value)
+        return self._moved[id(value)][1]
+
+    def each(self, values: Iterable[Any]) -> tuple[list[Any], bool]:
+        """Returns the values moved, and whether any has become another."""
+        pairs = [(value, self.moved(value)) for value in values]
+        return [new for _, new in pairs], any(new is not value for value, new in pairs)
+
+
+def _move_values(references: References, values: Any) -> Any:
+    new, changed = references.each(values)
+    return type(values)(new) if changed else values
+
+
+def _move_dict(references: References, values: dict[Any, Any]) -> Any:
+    keys, other_keys = references.each(values)
+    new, changed = references.each(values.values())
+    if not (changed or other_keys):
+        return values
+    copy = values.copy()  # of the same kind, with its default
+    copy.clear()
+    copy.update(zip(keys, new, strict=True))
+    return copy
+
+
+def _move_method(references: References, method: MethodType) -> Any:
+    owner = references.moved(method.__self__)
+    if owner is method.__self__:
+        return method
+    # What replaces it may have a forward of its own.
+    name, function = method.__name__, method.__func__
+    if getattr(type(method.__self__), name, None) is function:
+        function = getattr(type(owner), name)
+    return MethodType(function, owner)
+
+
+def _move_partial(references: References, old: partial[Any]) -> Any:
+    (function, *args), changed = references.each([old.func, *old.args])
+    keywords = references.moved(old.keywords)
+    if not changed and keywords is old.keywords:
+        return old
+    return _dressed_as(references, partial(function, *args, **keywords), old)
+
+
+def _move_function(references: References, old: FunctionType) -> Any:
+    """Returns the function with cells of its own for the modules that it captures."""
+    cells, captured = list(old.__closure__ or ()), False
+    for i, cell in enumerate(cells):
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+        if (new := references.moved(content)) is not content:
+            cells[i], captured = CellType(new), True
+    defaults = references.moved(old.__defaults__)
+    keywords = references.moved(old.__kwdefaults__)
+    if not captured and defaults is old.__defaults__ and keywords is old.__kwdefaults__:
+        return old
+    function = FunctionType(
+        old.__code__, old.__globals__, old.__name__, defaults, tuple(cells) or None
+    )
+    function.__kwdefaults__ = keywords
+    return _dressed_as(references, function, old)
+
+
+def _dressed_as(references: References, new: Any, old: Any) -> Any:
+    vars(new).update(references.moved(vars(old)))
+    return new
+
+
+def _move_reference(references: References, reference: weakref.ref[Any]) -> Any:
+    target = reference()
+    twin = references.moved(target)
+    return reference if twin is target else weakref.ref(twin)
+
+
+_MOVES: dict[type, Callable[[References, Any], Any]] = {
+    **dict.fromkeys((list, tuple, set, frozenset), _move_values),
+    **dict.fromkeys((dict, OrderedDict, defaultdict), _move_dict),
+    MethodType: _move_method,
+    partial: _move_partial,
+    FunctionType: _move_function,
+    weakref.ref: _move_reference,
+}
