@@ -32,6 +32,10 @@ def call(model: Any, x: Any) -> Any:
     return model(*x) if isinstance(x, tuple) else model(x)
 
 
+def tasks_in(batch: Batch) -> range:
+    return range(len(tree_leaves(batch)[0]))
+
+
 def task_of(batch: Batch, task: int) -> Batch:
     return tree_map(lambda t: t[task], batch)
 
@@ -66,7 +70,7 @@ def written_out(net: nn.Module, lslr: mpp.LSLR, batch: Batch, loss_fn: Loss, ord
 
     losses = []
     with kernels:
-        for task in range(TASKS):
+        for task in tasks_in(batch):
             x, y, x_target, y_target = task_of(batch, task)
             params: dict[str, Tensor] = dict(own)
             for step in mpp.inner_steps(net, STEPS):
@@ -93,7 +97,7 @@ def in_loop(model: Any, step: Callable[[Tensor], Any], task: Batch, loss_fn: Los
 
 def by_higher(net: nn.Module, lslr: mpp.LSLR, batch: Batch, loss_fn: Loss, order: bool) -> Tensor:
     losses = []
-    for task in range(TASKS):
+    for task in tasks_in(batch):
         with higher.innerloop_ctx(net, lslr, second_order=order) as (fnet, diffopt):
             losses.append(in_loop(fnet, diffopt.step, task_of(batch, task), loss_fn))
     return torch.stack(losses).mean()
@@ -101,7 +105,7 @@ def by_higher(net: nn.Module, lslr: mpp.LSLR, batch: Batch, loss_fn: Loss, order
 
 def by_torchopt(net: nn.Module, lslr: mpp.LSLR, batch: Batch, loss_fn: Loss, order: bool) -> Tensor:
     losses = []
-    for task in range(TASKS):
+    for task in tasks_in(batch):
         with torchopt.innerloop_ctx(net, lslr, second_order=order) as inner_opt:
             losses.append(in_loop(net, inner_opt.step, task_of(batch, task), loss_fn))
     return torch.stack(losses).mean()
@@ -116,7 +120,7 @@ def by_hand(net: nn.Module, lslr: mpp.LSLR, batch: Batch, loss_fn: Loss, order: 
         return mpp.functional_call(net, params, x)
 
     with mpp.twice_differentiable(net, second_order=order):
-        for task in range(TASKS):
+        for task in tasks_in(batch):
             x, y, x_target, y_target = task_of(batch, task)
             params: dict[str, Tensor] = dict(net.named_parameters())
             for step in mpp.inner_steps(net, STEPS, second_order=order):

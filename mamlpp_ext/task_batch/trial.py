@@ -127,7 +127,7 @@ def _measured(model: AdaptedModel, settings: Settings, tasks: Tasks, way: Way) -
         if order and value.requires_grad:
             further = torch.autograd.grad(value, wanted, allow_unused=True)
             pairs = zip(further, second, strict=True)
-            second = [zero if found is None else found for found, zero in pairs]
+            second = [zero if found is None else found.to_dense() for found, zero in pairs]
     kinds = [[losses, *outputs], statistics, reached, second]
     return [[t.detach()[None] if way is alone else t.detach() for t in kind] for kind in kinds]
 
