@@ -25,7 +25,7 @@ from mamlpp_ext.torch_private import held
 _NOTHING = object()
 
 
-class Added(Made):
+class Added(Made, PerStepBatchNorm):
     """Per-step batch norm, and behind it what a subclass of BatchNorm adds.
 
     The subclass's own forward, as it is, with its batch norm made the identity: in eval mode, of
@@ -37,7 +37,7 @@ class Added(Made):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Normalises ``input`` as the per-step layer, then does what the subclass does."""
-        output = super().forward(input)
+        output = PerStepBatchNorm.forward(self, input)  # before it may stand a reader of rows
         with _identity(self, output):
             return self.made_of[1].forward(self, output, *args, **kwargs)
 

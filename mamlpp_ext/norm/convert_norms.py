@@ -61,6 +61,8 @@ def convert_norm(
         rows for batch norm alone.
     """
     settings = checked_settings("convert_norm", module, num_steps, extra_steps)
+    for name, layer in module.named_modules():
+        _check_instance_norm(layer, name)
     names = _weights_and_biases(module)
     instance_norms = [name for name, layer in module.named_modules() if is_instance_norm(layer)]
     batch_norms = any(is_batch_norm(layer) for layer in module.modules())
@@ -75,8 +77,6 @@ def convert_norm(
             f"statistics to give rows to ({found}); for those of other libraries use "
             "per_step_parameters, or leave this call out"
         )
-    for name, layer in module.named_modules():
-        _check_instance_norm(layer, name)
     check_owners(module, names, settings)
     converted = copied(module)  # a failure below leaves no trace
     give_rows(converted, names, settings)

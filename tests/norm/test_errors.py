@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mamlpp_ext as mpp
@@ -204,10 +206,258 @@ OTHER_MODELS: Table = {
         ("'odd' (BatchNorm1d)", "has hooks", "register them on the converted layer"),
     ),
 }
+
+
+class Doubled(nn.BatchNorm1d):
+    """A subclass that does something to its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(2 * input)
+
+
+class OfDicts(nn.BatchNorm1d):
+    """A subclass that cannot be tried on noise."""
+
+    def forward(self, input: Any) -> Tensor:
+        return super().forward(input["x"])
+
+
+class OfLists(nn.InstanceNorm1d):
+    """A subclass of a norm with running statistics."""
+
+
+class Named(nn.Linear):
+    """A layer that has a name of ours already."""
+
+    num_steps = 7
+
+
+class Storage(nn.Module):
+    """No forward here, and none around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's plans for torch.jit.script
+        return nn.Sequential(torch.jit.script(nn.Linear(3, 2)))
+
+
+def instance_norm(**settings: Any) -> nn.Module:
+    return nn.Sequential(nn.InstanceNorm1d(4, track_running_stats=True, **settings))
+
+
+def flag_cleared() -> nn.Module:
+    net = instance_norm()
+    net[0].track_running_stats = False
+    return net
+
+
+def layered() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+def layered_rows() -> nn.Module:
+    return mpp.convert_norm(layered(), 3)
+
+
+def with_adapted_weights() -> nn.Module:
+    net = layered()
+    del net[0].weight
+    net[0].weight = torch.zeros(4, 3)
+    net[0]._parameters["weight"] = net[0].__dict__.pop("weight")
+    return net
+
+
+def replicated(net: Net) -> None:
+    """As DataParallel does it: tensors that are no parameters."""
+    net = copy.deepcopy(net)
+    weight = net[1]._parameters.pop("weight")
+    vars(net[1])["weight"] = weight.detach()
+    net(torch.ones(2, 3))
+
+
+def rows_for(names: Any, steps: Any = 5, **settings: Any) -> Callable[[Net], Any]:
+    return lambda net: mpp.per_step_parameters(net, steps, names, **settings)
+
+
+def norms_of(net: Net) -> Any:
+    return mpp.convert_norm(net, 5)
+
+
+def beyond(net: Net) -> None:
+    net[1].inner_step.index = 3
+    try:
+        net(torch.ones(2, 3))
+    finally:
+        net[1].inner_step.index = 0
+
+
+ANY_LAYER: dict[str, Row] = {
+    "rows for a generator": (
+        lambda n: mpp.per_step_parameters(n.parameters(), 5, "*"),
+        TypeError,
+        ("per_step_parameters takes a torch.nn.Module", "got generator", "pass the model itself"),
+    ),
+    "0 rows": (rows_for("*", 0), ValueError, ("num_steps", "at least 1", "got 0")),
+    "extra steps of rows": (
+        rows_for("*", extra_steps="first"),
+        ValueError,
+        ("extra_steps", "'error' or 'last'", "got 'first'"),
+    ),
+    "rows for a number": (
+        rows_for([1]),
+        TypeError,
+        ("names must be a callable of the name, or fnmatch patterns", "got 1 of type int"),
+    ),
+    "rows for None": (rows_for(None), TypeError, ("names must be a callable", "got None")),
+    "rows for no name": (
+        rows_for(["1.*", "body.*"]),
+        ValueError,
+        ("names pattern 'body.*' matches no parameter that requires grad", "'0.weight'"),
+    ),
+    "rows for nothing": (
+        rows_for(lambda name: False),
+        ValueError,
+        ("chooses no parameter of Sequential", "have no rows yet: '0.weight'"),
+    ),
+}
+ROWS: dict[str, Row] = {
+    "rows twice": (
+        rows_for(["1.weight"], 3),
+        ValueError,
+        ("names pattern '1.weight' matches no parameter", "'0.weight', '0.bias', '2.weight'"),
+    ),
+    "norms twice": (
+        norms_of,
+        ValueError,
+        ("no norm layer of torch's", "converted already", "per_step_parameters"),
+    ),
+    "a row too many": (
+        beyond,
+        ValueError,
+        ("inner step 3 is out of range for PerStepLayerNorm", "extra_steps='last'"),
+    ),
+    "a table taken away": (
+        replicated,
+        RuntimeError,
+        ("['weight'] of PerStepLayerNorm", "before the conversion", "DistributedDataParallel"),
+    ),
+}
+OTHER_ROWS: Table = {
+    "norms without norms": (
+        without_norm,
+        norms_of,
+        ValueError,
+        ("Sequential has no norm layer of torch's", "(none)", "per_step_parameters"),
+    ),
+    "norms with adapted weights": (
+        with_adapted_weights,
+        norms_of,
+        ValueError,
+        ("'0' (Linear)", "holds adapted weights", "original model before the loop"),
+    ),
+    "rows beside other rows": (
+        lambda: mpp.per_step_parameters(layered(), 3, ["1.weight"]),
+        rows_for(["1.bias"], 5),
+        ValueError,
+        ("'1.bias' of PerStepLayerNorm", "num_steps=3 and extra_steps='error'", "pass the same"),
+    ),
+    "rows beside an attribute": (
+        lambda: nn.Sequential(Named(3, 2)),
+        rows_for("*"),
+        ValueError,
+        ("'0.weight' of Named", "an attribute 'num_steps' of its own", "rename that"),
+    ),
+    "rows that nobody reads": (
+        Storage,
+        rows_for("*"),
+        ValueError,
+        ("'weight' of Storage", "read by no forward", "convert the model whose forward reads it"),
+    ),
+    "rows in an LSTM": (
+        lambda: nn.Sequential(nn.LSTM(3, 2)),
+        rows_for("*"),
+        ValueError,
+        ("'0.weight_ih_l0' of LSTM", "'_flat_weights' of '0'", "nn.LSTMCell"),
+    ),
+    "rows in a lazy layer": (
+        lambda: nn.Sequential(nn.LazyLinear(3)),
+        rows_for("*"),
+        ValueError,
+        ("'0.weight' of LazyLinear", "lazy", "run the model once"),
+    ),
+    "rows in a scripted layer": (
+        scripted,
+        rows_for("0.*"),
+        ValueError,
+        ("is scripted", "convert the model before torch.jit.script"),
+    ),
+    "rows with sparse gradients": (
+        lambda: nn.Sequential(nn.Embedding(3, 2, sparse=True)),
+        rows_for("*"),
+        ValueError,
+        ("'0.weight' of Embedding", "sparse gradients", "sparse=False"),
+    ),
+    "rows without their statistics": (
+        plain,
+        rows_for("norm.*"),
+        ValueError,
+        ("'norm.weight' of BatchNorm1d", "running statistics", "convert_norm(model, num_steps)"),
+    ),
+    "norms of a subclass of InstanceNorm": (
+        lambda: nn.Sequential(OfLists(4, track_running_stats=True)),
+        norms_of,
+        ValueError,
+        ("'0' (OfLists)", "subclass of InstanceNorm", "track_running_stats=False"),
+    ),
+    "norms with a flag without effect": (
+        flag_cleared,
+        norms_of,
+        ValueError,
+        ("'0' (InstanceNorm1d)", "track_running_stats=False with running buffers"),
+    ),
+    "a subclass that does something before": (
+        lambda: nn.Sequential(Doubled(4)),
+        norms_of,
+        ValueError,
+        ("'0' (Doubled) cannot be expressed", "its output in train mode would be another"),
+    ),
+    "a subclass that cannot be tried": (
+        lambda: nn.Sequential(OfDicts(4)),
+        lambda n: mpp.convert_batchnorm(n, 5),
+        ValueError,
+        ("'0' (OfDicts)", "cannot be tried on noise (TypeError: ", "the BatchNorm it is made of"),
+    ),
+    "a subclass without values": (
+        lambda: nn.Sequential(Doubled(4, device="meta")),
+        norms_of,
+        ValueError,
+        ("'0' (Doubled)", "it has no values yet (device 'meta')"),
+    ),
+    "an InstanceNorm given another shape": (
+        lambda: norms_of(instance_norm()),
+        lambda n: n(torch.ones(2, 5, 3)),
+        ValueError,
+        ("expects 2 or 3 dimensions", "channels are 4", "got input of shape (2, 5, 3)"),
+    ),
+    "an InstanceNorm given one value": (
+        lambda: norms_of(instance_norm()),
+        lambda n: n(torch.ones(2, 4, 1)),
+        ValueError,
+        ("more than 1 value per channel of an instance", "(2, 4, 1)", ".eval()"),
+    ),
+}
 TABLE: Table = {
     **done_to(per_step, COUNTS),
     **done_to(per_step, LAYERS),
     **done_to(per_step, CONVERSIONS, prefix="convert: "),
+    **done_to(layered, ANY_LAYER),
+    **done_to(layered_rows, ROWS),
     **OTHER_MODELS,
+    **OTHER_ROWS,
 }
 test_bad_input = checked(TABLE)

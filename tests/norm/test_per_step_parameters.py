@@ -1,204 +1,263 @@
-"""per_step_parameters: each step reads its row, in every path, and all else stays as it was."""
+"""What per_step_parameters leaves as it was, and who is given a row."""
 
 from __future__ import annotations
 
+import copy
+import io
+import logging
+import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.stateless import _reparametrize_module
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import mamlpp_ext as mpp
-from any_model import PATHS, STEPS, TASKS, Batch, Found, assert_same, outcome, size_of_outputs
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-
-class OwnNorm(nn.Module):
-    """As the norms of Llama and its like, which are none of torch's."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x * (x.square().mean(-1, keepdim=True) + 1e-2).rsqrt()
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 3, 4)
 
 
-class Vision(nn.Module):
-    """Parameters of its own, in a list and in a dict, and a block that reads its layer's weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place = nn.Parameter(torch.zeros(3, 4))
-        self.scales = nn.ParameterList([torch.ones(4), torch.ones(4)])
-        self.shifts = nn.ParameterDict({"first": torch.zeros(4)})
-        self.inside = nn.ModuleDict({"norm": nn.LayerNorm(4)})
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = (x + self.place) * self.scales[0] + self.shifts["first"]
-        norm = self.inside["norm"]
-        x = F.layer_norm(x * self.scales[1], (4,), norm.weight) + norm(x)
-        return self.head(x.tanh())
+def model() -> nn.Module:
+    """Attention that reads its layer's weights, a layer in two places, and a lone parameter."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Linear(4, 4), layer.norm1)
 
 
-class Tied(nn.Module):
-    """An embedding that is the head as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
-        self.body = nn.Linear(4, 4)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.embedding(x)).tanh())
+NAMES = ["0.norm?.*", "0.self_attn.out_proj.*", "0.self_attn.in_proj_bias", "1.bias"]
 
 
-class Attention(nn.Module):
-    """Attention, with and without weights returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, dropout=0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output, weights = self.attention(x, x, x)
-        return output + self.attention(x, x, x, need_weights=False)[0] + weights.mean()
+def with_rows(net: nn.Module | None = None, names: Any = NAMES, **settings: Any) -> nn.Module:
+    """A model of three rows, no two alike."""
+    net = mpp.per_step_parameters(model() if net is None else net, 3, names, **settings)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.add_(torch.linspace(0, 0.5, p.numel(), dtype=p.dtype).view_as(p) if name else 0)
+    return net
 
 
-class Twice(nn.Sequential):
-    """A layer in two places, called twice."""
-
-    def __init__(self) -> None:
-        norm = nn.LayerNorm(4)
-        super().__init__(nn.Linear(4, 4), norm, nn.Tanh(), nn.Linear(4, 4), norm)
+def by_step(net: nn.Module, x: Tensor = X) -> Tensor:
+    return torch.stack([net(x) for _ in mpp.inner_steps(net, 3)])
 
 
-class Cell(nn.Module):
-    """A recurrent model of a cell, which reads its own weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.GRUCell(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        state = x.new_zeros(x.shape[0], 3)
-        for t in range(x.shape[1]):
-            state = self.cell(x[:, t], state)
-        return state
+def plain_at(step: int, net: nn.Module, plain: nn.Module) -> nn.Module:
+    """The plain model with the rows of a step as its own parameters."""
+    plain = copy.deepcopy(plain)
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            table = net.get_parameter(name)
+            p.copy_(table if table.shape == p.shape else table[step])
+    return plain
 
 
-def encoder_layer(norm_first: bool) -> nn.Module:
-    return nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True, norm_first=norm_first)
+def test_every_step_computes_the_original(unchanged: Any) -> None:
+    plain = model()
+    with unchanged(plain):
+        net = mpp.per_step_parameters(plain, 3, NAMES)
+        outputs = by_step(net)
+        outputs.sum().backward()
+        torch.optim.SGD(net.parameters(), lr=1.0).step()
+    torch.testing.assert_close(outputs, plain(X).expand(3, 2, 3, 4))
+    assert not torch.allclose(by_step(net)[0], plain(X))
 
 
-def convolutional() -> nn.Module:
-    layers = nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Conv2d(4, 2, 1), nn.Flatten()
-    return nn.Sequential(*layers)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_fast_path_of_encoder_layers_reads_rows(training: bool, grad: bool) -> None:
+    """In eval mode without gradients torch reads all weights at once, past the modules."""
+    plain, net = model().train(training), with_rows().train(training)
+    encoder = nn.TransformerEncoder(net[0], 1, enable_nested_tensor=False).train(training)
+    with torch.set_grad_enabled(grad):
+        for step in mpp.inner_steps(net, 3):
+            expected = plain_at(step, net, plain)
+            torch.testing.assert_close(net(X), expected(X))
+            with mpp.at_step(encoder, step):
+                torch.testing.assert_close(encoder(X), expected[0](X))
 
 
-class Case(NamedTuple):
-    """A model, the names that get rows, and the shape of an example; none for ids of tokens."""
+def test_tables_are_what_is_seen_from_outside() -> None:
+    net = with_rows()
+    assert net[1].bias.shape == (3, 4)
+    assert net[1].bias is dict(net.named_parameters())["1.bias"]
+    assert net[0].self_attn.out_proj.weight.shape == (3, 4, 4)
+    net(X)
+    assert isinstance(net[1].bias, nn.Parameter)
+    net[1].bias = nn.Parameter(torch.zeros(3, 4))  # and can be replaced there
+    assert not net[1].bias.any()
 
-    build: Callable[[], nn.Module]
-    names: Any
-    shape: tuple[int, ...] = (3, 4)
+
+def test_a_failed_forward_leaves_tables() -> None:
+    net = with_rows()
+    with pytest.raises(AssertionError, match="embedding dimension"):
+        net(X[..., :3])
+    assert net[0].norm1.weight.shape == (3, 4)
+    assert net[0].self_attn.out_proj.weight.shape == (3, 4, 4)
 
 
-CASES = {
-    "LayerNorm": Case(
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)),
-        ["1.*"],
-    ),
-    "GroupNorm": Case(convolutional, ["1.*"], (2, 4, 4)),
-    "convolution": Case(convolutional, ["0.weight", "3.bias"], (2, 4, 4)),
-    "RMSNorm": Case(lambda: nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4)), ["1.weight"]),
-    "InstanceNorm": Case(
-        lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.InstanceNorm1d(3, affine=True)), ["1.*"]
-    ),
-    "norm of another library": Case(
-        lambda: nn.Sequential(nn.Linear(4, 4), OwnNorm(4), nn.Linear(4, 2)), ["1.weight"]
-    ),
-    "attention": Case(Attention, ["*.in_proj_bias", "*.out_proj.*"]),
-    "encoder layer": Case(
-        lambda: encoder_layer(False), ["norm?.*", "linear1.weight", "self_attn.out_proj.bias"]
-    ),
-    "encoder layer, norm first": Case(lambda: encoder_layer(True), lambda name: "norm" in name),
-    "parameters of its own": Case(Vision, ["place", "scales.?", "shifts.first", "*norm.weight"]),
-    "shared layer": Case(Twice, ["1.*"]),
-    "tied": Case(Tied, ["embedding.weight"], ()),
-    "cell": Case(Cell, ["cell.bias_*", "cell.weight_hh"]),
+def test_extra_steps() -> None:
+    net = with_rows(extra_steps="last")
+    with mpp.at_step(net, 7):
+        torch.testing.assert_close(net(X), by_step(net)[2])
+    assert "num_steps=3, extra_steps='last', per step: bias" in repr(net)
+    assert "in_features=4" in repr(net)
+
+
+def by_state_dict(net: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    again = mpp.per_step_parameters(model(), 3, NAMES)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    return again
+
+
+def by_file(net: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+ROUND_TRIPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "state_dict": by_state_dict,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "file": by_file,
 }
 
 
-def built(case: Case) -> tuple[nn.Module, nn.Module, Batch]:
-    """The plain model, one with rows no two of which are alike, and tasks."""
-    torch.manual_seed(1)
-    plain = case.build()
+@pytest.mark.parametrize("trip", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+def test_round_trips(trip: Callable[[nn.Module], nn.Module]) -> None:
+    net = with_rows()
+    expected = by_step(net)
+    again = trip(net)
+    torch.testing.assert_close(by_step(again), expected, rtol=0, atol=0)
+    assert [type(m) for m in again.modules()] == [type(m) for m in net.modules()]
+    assert again[2] is again[0].norm1  # shared as before
     with torch.no_grad():
-        for p in plain.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    net = mpp.per_step_parameters(plain, STEPS, case.names)
+        for p in again.parameters():
+            p.zero_()
+    torch.testing.assert_close(by_step(net), expected, rtol=0, atol=0)
+
+
+def test_plain_checkpoint_is_spread_over_the_rows() -> None:
+    plain, net = model(), with_rows()
     with torch.no_grad():
-        for name, p in net.named_parameters():
-            if p.shape != plain.get_parameter(name).shape:
-                p.add_(0.3 * torch.randn_like(p))
-    x, x_target = (
-        torch.randn(TASKS, n, *case.shape) if case.shape else torch.randint(5, (TASKS, n, 2))
-        for n in (3, 4)
+        plain[0].norm2.bias.fill_(0.25)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert not net.load_state_dict(plain.state_dict()).missing_keys
+    torch.testing.assert_close(by_step(net), plain(X).expand(3, 2, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_device_and_layout_are_kept(dtype: torch.dtype) -> None:
+    plain = nn.Sequential(nn.Conv2d(2, 3, 3), nn.LayerNorm(4, device="meta")).to(dtype)
+    plain[0].to(memory_format=torch.channels_last)
+    net = mpp.per_step_parameters(plain, 3, ["0.*", "1.weight"])
+    for name, p in plain.named_parameters():
+        table = net.get_parameter(name)
+        assert (table.dtype, table.device) == (p.dtype, p.device)
+    assert net[0].weight[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_modes_and_requires_grad_are_kept() -> None:
+    plain = model()
+    plain[0].norm2.eval()
+    plain[1].weight.requires_grad_(False)
+    net = mpp.per_step_parameters(plain, 3, NAMES)
+    assert [m.training for m in net.modules()] == [m.training for m in plain.modules()]
+    for name, p in plain.named_parameters():
+        assert net.get_parameter(name).requires_grad == p.requires_grad
+
+
+def test_hooks_are_kept_and_read_rows() -> None:
+    plain, seen = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), []
+    plain[1].register_forward_hook(lambda layer, args, output: output + layer.weight)
+    plain[1].register_forward_pre_hook(lambda layer, args: seen.append(layer.weight.shape))
+    plain[1].register_full_backward_hook(lambda *args: seen.append("backward"))
+    net = with_rows(plain, ["1.*"])
+    for step in mpp.inner_steps(net, 3):
+        torch.testing.assert_close(net(X), plain_at(step, net, plain)(X))
+    net(X).sum().backward()
+    assert seen == [*[(4,)] * 7, "backward"]
+
+
+def test_shared_and_tied_parameters_stay_one() -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    plain[2].weight = plain[0].weight
+    net = with_rows(plain, ["0.weight"])
+    assert net[0].weight is net[2].weight
+    assert len(list(net.parameters())) == len(list(plain.parameters()))
+    for step in mpp.inner_steps(net, 3):
+        torch.testing.assert_close(net(X), plain_at(step, net, plain)(X))
+
+
+def test_rows_can_be_given_in_several_calls() -> None:
+    net = mpp.convert_batchnorm(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), 3)
+    net = mpp.per_step_parameters(net, 3, ["0.bias"])
+    net = mpp.per_step_parameters(net, 3, ["0.weight"])
+    assert {name: p.shape[0] for name, p in net.named_parameters()} == dict.fromkeys(
+        ("0.weight", "0.bias", "1.weight", "1.bias"), 3
     )
-    return plain, net, (x, torch.randn(TASKS, 3), x_target, torch.randn(TASKS, 4))
+    for step in mpp.inner_steps(net, 3):
+        net(X[0])
+        assert net[1].num_batches_tracked[step] == 1
 
 
-def by_rows(plain: nn.Module, net: nn.Module, batch: Batch, order: bool) -> Found:
-    """The ground truth: the plain model with the step's rows in place of its own parameters."""
-    own = dict(plain.named_parameters())
-    learned = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
-    tables = [name for name, p in learned.items() if p.shape != own[name].shape]
-    rest = [name for name in learned if name not in tables]
-    rates = torch.linspace(0.5, 1.5, len(rest) * STEPS).view(-1, STEPS).mul(0.05).requires_grad_()
-
-    def forward(weights: dict[str, Tensor], step: int, x: Tensor) -> Any:
-        rows = {name: learned[name][step] for name in tables}
-        with _reparametrize_module(plain, {**weights, **rows}, tie_weights=True):
-            return plain(x)
-
-    losses = []
-    with sdpa_kernel(SDPBackend.MATH) if order else nullcontext():
-        for x, y, x_target, y_target in zip(*batch, strict=True):
-            weights = {name: learned[name] for name in rest}
-            for step in range(STEPS):
-                support = size_of_outputs(forward(weights, step, x), y)
-                grads = torch.autograd.grad(support, [*weights.values()], create_graph=order)
-                weights = {
-                    name: weights[name] - rates[i, step] * grad
-                    for i, (name, grad) in enumerate(zip(rest, grads, strict=True))
-                }
-                losses.append(size_of_outputs(forward(weights, step, x_target), y_target))
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    return {
-        "loss": loss.detach(),
-        "rates": rates.grad,
-        **{name: p.grad for name, p in learned.items()},
+def test_lslr_leaves_tables_to_the_outer_loop() -> None:
+    net = with_rows()
+    names = {name for name, _ in net.named_parameters()}
+    chosen = {
+        n for n in names if n == "1.bias" or "norm" in n or "out_proj" in n or "in_proj_b" in n
     }
+    assert set(mpp.LSLR(net, 3).names) == names - chosen
+    assert mpp.LSLR(net, 3, adapt=["1.*"]).names == ("1.weight", "1.bias")
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # a cell's, under vmap
-@pytest.mark.parametrize("order", [True, False], ids=["second", "first"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_path_reads_the_rows_of_its_steps(case: Case, order: bool) -> None:
-    plain, net, batch = built(case)
-    expected = by_rows(plain, net, batch, order)
-    for name, path in PATHS.items():
-        try:
-            assert_same(outcome(path, net, batch, second_order=order), expected)
-        except Exception as error:
-            raise AssertionError(name) from error
+def test_parametrized_layers() -> None:
+    plain = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    net = with_rows(plain, ["*original0"])
+    for step in mpp.inner_steps(net, 3):
+        torch.testing.assert_close(net(X), plain_at(step, net, plain)(X))
+
+
+def test_compiled() -> None:
+    net = with_rows()
+    compiled = torch.compile(net, backend="eager")
+    torch.testing.assert_close(
+        torch.stack([compiled(X) for _ in mpp.inner_steps(net, 3)]), by_step(net)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of attention, under vmap
+def test_ensemble_of_models_by_vmap() -> None:
+    # Of a layer in two places torch's functional_call (2.13) would leave the weights it was given.
+    nets = [with_rows(model()[:2]), mpp.per_step_parameters(model()[:2], 3, NAMES)]
+    params, _ = torch.func.stack_module_state(nets)
+    with mpp.at_step(nets[0], 1):
+        found = torch.func.vmap(lambda p: torch.func.functional_call(nets[0], p, (X,)))(params)
+    torch.testing.assert_close(found, torch.stack([by_step(net)[1] for net in nets]))
+
+
+def test_layers_run_again_in_a_backward_at_a_known_step() -> None:
+    net = with_rows()
+    with mpp.at_step(net, 2):
+        checkpoint(net, X.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    found = net[0].norm2.weight.grad
+    net.zero_grad()
+    by_step(net)[2].sum().backward()
+    torch.testing.assert_close(found, net[0].norm2.weight.grad)
+
+
+def test_each_table_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="mamlpp_ext.norm.any_layer.give_rows"):
+        mpp.per_step_parameters(model(), 3, ["1.*"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "1.weight -> (3, 4, 4)",
+        "1.bias -> (3, 4)",
+    ]
