@@ -149,8 +149,8 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         if called and self._fmodel is not None:
             raise RuntimeError(
                 f"the support loss depends on {listing(called)} of the model itself, not of the "
-                "patched one that is adapted: call fnet(x), not net(x); a model that calls its "
-                "layers by a reference that cannot be followed (an object that holds them) is for "
+                "patched one that is adapted: call fnet(x), not net(x); models that call their "
+                "layers by a reference that cannot be followed (an object that holds them) are for "
                 "mamlpp_ext.integrations.torchopt or task_batch_loss, which patch nothing"
             )
 
