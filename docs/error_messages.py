@@ -16,7 +16,8 @@ from sphinx.util.docutils import SphinxDirective
 import mamlpp_ext
 
 PACKAGE = Path(mamlpp_ext.__file__).parent
-FINDING = "problem: "  # how the findings of check_setup begin that say what cannot work
+# How the findings of check_setup begin that say what cannot work, or may go wrong.
+FINDING = ("problem: ", "warning: ")
 
 
 @dataclass(frozen=True)

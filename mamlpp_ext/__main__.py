@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mamlpp_ext.check_setup import check_setup
-from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.lslr import LSLR, functional_call
 from mamlpp_ext.norm import convert_batchnorm
 from mamlpp_ext.steps import inner_steps, per_step_layers
 from mamlpp_ext.torch_private import is_batch_norm
@@ -55,7 +56,7 @@ def load_model(place: str) -> nn.Module:
 
     Raises:
         ImportError: if there is no such module or name.
-        TypeError: if what is there is no model and returns none.
+        TypeError: if what is there is no model and returns none, or takes arguments.
         ValueError: if ``place`` is not of that form.
     """
     module, colon, name = place.partition(":")
@@ -66,6 +67,7 @@ def load_model(place: str) -> nn.Module:
         raise ImportError(f"module {module} has no {name!r}; it defines {_public(found)}")
     model = getattr(found, name)
     if not isinstance(model, nn.Module) and callable(model):
+        _check_no_arguments(place, model)
         model = model()
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -73,6 +75,21 @@ def load_model(place: str) -> nn.Module:
             "returns one without arguments"
         )
     return model
+
+
+def _check_no_arguments(place: str, make: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(make)
+    except ValueError:  # of some built-in classes nothing is known
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise TypeError(
+            f"{place} takes arguments ({error}); name a function without arguments that returns "
+            f"the model, such as 'def make_model(): return {make.__name__}(...)', as "
+            f"{place.partition(':')[0]}:make_model"
+        ) from None
 
 
 def read_shape(text: str | None) -> tuple[int, ...] | None:

@@ -44,10 +44,12 @@ DOCUMENTED: dict[str, str] = {
     "mamlpp_ext.convert_batchnorm": "Args Returns Raises",
     "mamlpp_ext.convert_norm": "Args Returns Raises",
     "mamlpp_ext.frozen_statistics": "Args Raises",
+    "mamlpp_ext.functional_call": "Args Returns Raises",
     "mamlpp_ext.inner_steps": "Args Returns Raises",
     "mamlpp_ext.multi_step_loss_weights": "Args Returns Raises",
     "mamlpp_ext.per_step_parameters": "Args Returns Raises",
     "mamlpp_ext.task_batch_loss": "Args Returns Raises",
+    "mamlpp_ext.twice_differentiable": "Args Raises",
     "mamlpp_ext.integrations.higher.DifferentiableLSLR": "Args Raises",
     "mamlpp_ext.integrations.higher.LSLROptimizer": "Args Raises",
     "mamlpp_ext.integrations.higher.innerloop_ctx": "Args Yields Raises",
@@ -162,7 +164,7 @@ def said_by(act: Callable[[Any], Any], model: nn.Module) -> list[str]:
 
 
 def findings() -> list[str]:
-    """What is said of two setups in which everything is wrong."""
+    """What is said of setups in which everything is wrong."""
     norms = nn.BatchNorm1d(4), mpp.PerStepBatchNorm1d(4, 2)
     net = nn.Sequential(nn.Linear(2, 4), *norms)
     net[0].weight.grad = torch.zeros(4, 2)
@@ -170,7 +172,7 @@ def findings() -> list[str]:
     optimizer = torch.optim.Adam([net[0].weight], lr=1e-3)
     lslr = mpp.LSLR(net, 3)
     constant = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=1e-3)
-    msl, da = mpp.MultiStepLoss(2, 10), mpp.DerivativeOrderAnnealing(0)
+    msl, da = mpp.MultiStepLoss(2, 10), mpp.DerivativeOrderAnnealing(10)
     return [
         *mpp.check_setup(
             net,
@@ -179,9 +181,28 @@ def findings() -> list[str]:
             multi_step_loss=msl,
             derivative_order=da,
             meta_scheduler=constant,
+            run_epochs=5,
         ),
+        *unsound(),
         *mpp.check_setup(nn.Identity(), lslr, multi_step_loss=mpp.MultiStepLoss(3, 0)),
     ]
+
+
+def unsound() -> list[str]:
+    """What is said of trainings that go wrong."""
+    net = nn.Sequential(mpp.PerStepBatchNorm1d(4, 2), nn.Linear(4, 2))
+    lslr = mpp.LSLR(net, 2, adapt="*")
+    lslr.rates.data[:, 1] = torch.tensor([-1.0, 5.0, 5.0, 5.0])
+    lslr.rates.grad = torch.zeros_like(lslr.rates)
+    net[1].weight.grad = torch.full((2, 4), 1e6)
+    net[1].bias.grad = torch.full((2,), torch.nan)
+    msl = mpp.MultiStepLoss(2, 10)
+    msl([torch.tensor(1.0), torch.tensor(2.0)])
+    found = mpp.check_setup(net, lslr, multi_step_loss=msl)
+    net[1].bias.grad.zero_()
+    found += mpp.check_setup(net.eval(), lslr)
+    refused, wrapper = nn.Sequential(nn.SyncBatchNorm(4)), nn.Sequential(net[1])
+    return [*found, *mpp.check_setup(refused, None), *mpp.check_setup(wrapper, mpp.LSLR(net[1], 2))]
 
 
 @pytest.mark.usefixtures("float64")
@@ -194,10 +215,11 @@ def test_every_message_is_raised_somewhere() -> None:
         assert found, (name, lines)
         silent -= found
     assert not silent
-    unsaid = {message for message in MESSAGES if message.kind == "finding"}
-    problems = [finding for finding in findings() if finding.startswith("problem: ")]
+    known = {message for message in MESSAGES if message.kind == "finding"}
+    unsaid = set(known)
+    problems = [found for found in findings() if found.startswith(error_messages.FINDING)]
     for problem in problems:
-        found = {message for message in unsaid if message.matches(problem)}
+        found = {message for message in known if message.matches(problem)}
         assert found, problem
         unsaid -= found
     assert not unsaid

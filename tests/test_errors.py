@@ -108,6 +108,11 @@ OUTSIDE: dict[str, Row] = {
         NotImplementedError,
         ("needs a part that torch", "does not have", "use reverse mode"),
     ),
+    "command, a class that takes arguments": (
+        lambda n: command.load_model("torch.nn:Linear"),
+        TypeError,
+        ("torch.nn:Linear takes arguments", "'in_features'", "return Linear(...)"),
+    ),
     "command, no colon": (
         lambda n: command.load_model("my_models"),
         ValueError,

@@ -34,6 +34,22 @@ class Pair(nn.Linear):
     def forward(self, x):
         return super().forward(x), x
 
+class Sized(nn.Linear):
+    def __init__(self, width):
+        super().__init__(width, 2)
+
+class TwoNames(nn.Module):
+    # As learn2learn's OmniglotCNN: a module under two names.
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
+        self.features = nn.Sequential(nn.Identity(), self.base)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
 ready = nn.Linear(3, 2)
 frozen = nn.Linear(3, 2).requires_grad_(False)
 number = 3
@@ -76,6 +92,12 @@ def test_a_parameter_that_no_gradient_reaches(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("models")
+def test_a_module_under_two_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "my_models:TwoNames", "--shape=3"]) == 0
+    assert "problem:" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,6 +105,12 @@ def test_a_parameter_that_no_gradient_reaches(capsys: pytest.CaptureFixture[str]
         (["my_modelz:ready"], "No module named 'my_modelz'"),
         (["my_models:redy"], "module my_models has no 'redy'; it defines nn, make_model"),
         (["my_models:number"], "gave a int; name a torch.nn.Module"),
+        (
+            ["my_models:Sized"],
+            "my_models:Sized takes arguments (missing a required argument: 'width'); name a "
+            "function without arguments that returns the model, such as 'def make_model(): "
+            "return Sized(...)', as my_models:make_model",
+        ),
         (["my_models:frozen"], "nothing is left to adapt in Linear"),
         (["my_models:ready", "--steps=0"], "num_steps must be at least 1, got 0"),
         (["my_models:ready", "--adapt", "hed.*"], "adapt pattern 'hed.*' matches no parameter"),
