@@ -25,7 +25,8 @@ class LSLROptimizer(torch.optim.Optimizer):
             parameter group, which higher's ``override`` can change.
 
     Raises:
-        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`.
+        TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`, or the model a DataParallel over
+            several devices.
         ValueError: if ``lslr`` was made for another model, or the model is patched already.
 
     Example:
@@ -45,6 +46,11 @@ class LSLROptimizer(torch.optim.Optimizer):
     def __init__(self, module: nn.Module, lslr: LSLR, second_order: bool = True) -> None:
         self.lslr, self.module = checked_lslr(lslr), module
         params = list(lslr.parameters_of(module).values())
+        if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in module.modules()):
+            raise TypeError(
+                "DataParallel would copy layers that higher has patched to other devices, where "
+                "they find no weights; pass the model in it, its .module"
+            )
         # The rates stay out of the group: higher copies groups deeply, which cuts a learnable rate
         # off its leaf. The position in the inner loop is in it, so that higher takes it over.
         super().__init__(params, {"second_order": second_order, "inner_step": 0})

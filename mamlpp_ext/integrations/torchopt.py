@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import check_version, checked_loss, checked_order
 from mamlpp_ext.fast_kernels import twice_differentiable
 from mamlpp_ext.integrations.buffers import buffers_kept_on_error
 from mamlpp_ext.integrations.exclusive import exclusive
-from mamlpp_ext.lslr import LSLR, checked_lslr, support_gradients
+from mamlpp_ext.lslr import LSLR, check_reached, checked_lslr, support_gradients
 from mamlpp_ext.steps import step_counters, steps_restored, with_order
 from mamlpp_ext.torch_private import held
 
@@ -67,6 +68,7 @@ def lslr_transform(lslr: LSLR) -> GradientTransformation:
     Raises:
         ValueError: from ``init``, if parameters cannot be told by name or identity, or are tied;
             from ``update``, after more steps than there are columns.
+        RuntimeError: from ``update``, if every gradient is None.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -89,11 +91,12 @@ def lslr_transform(lslr: LSLR) -> GradientTransformation:
     ) -> tuple[Any, LSLRState]:
         # Out of place whatever `inplace` says: that is a permission, and autograd needs the grads.
         grads, spec = pytree.tree_flatten(updates, none_is_leaf=True)
+        found = {n: g for n, g in zip(state.names, grads, strict=True) if n and g is not None}
+        check_reached(lslr.names, found, state.step)
         rates = lslr.rates_at(state.step)
-        scaled = [
-            None if grad is None or name is None else -rates[name] * grad
-            for name, grad in zip(state.names, grads, strict=True)
-        ]
+        # An Embedding(sparse=True) has sparse gradients, which a rate has no derivative by.
+        dense = {n: g if g.layout == torch.strided else g.to_dense() for n, g in found.items()}
+        scaled = [-rates[name] * dense[name] if name in dense else None for name in state.names]
         return pytree.tree_unflatten(spec, scaled), state._replace(step=state.step + 1)
 
     return GradientTransformation(init, update)
@@ -174,9 +177,7 @@ class MetaLSLR(torchopt.MetaOptimizer):
                     self._places[names[id(p)]].append((own, key))
 
     def step(self, loss: Tensor) -> None:
-        """Updates the model's adapted weights by one inner step.
-
-        Overrides torchopt's, which always builds the graph of the gradients.
+        """Updates the model's adapted weights; torchopt's own always keeps the graph of gradients.
 
         Args:
             loss: the support loss, 0-dim.
@@ -190,10 +191,9 @@ class MetaLSLR(torchopt.MetaOptimizer):
         state: Any = self.state_groups[0]
         first = isinstance(state, UninitializedState)
         state = self.impl.init(params) if first else state
-        found = support_gradients(
+        grads = support_gradients(
             checked_loss(loss), [*params.values()], create_graph=self.second_order, first=first
         )
-        grads = dict(zip(params, found, strict=True))
         updated = self.lslr.update(params, grads, state.step)
         self.state_groups[0] = state._replace(step=state.step + 1)
         for name, places in self._places.items():

@@ -32,12 +32,7 @@ def complete_twins(net: nn.Module, fnet: Any) -> list[tuple[nn.Module, nn.Module
 
     Returns:
         Each module of the model, once, and its twin.
-
-    Raises:
-        TypeError: if the model is a DataParallel over several devices.
     """
-    if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in net.modules()):
-        raise TypeError("DataParallel would copy what is patched to other devices")
     pairs = _paired(net, fnet)
     references = References({id(module): twin for module, twin in pairs})
     for module, twin in pairs:

@@ -3,10 +3,12 @@
 from mamlpp_ext.lslr.call import called, functional_call, places_of
 from mamlpp_ext.lslr.gradients import support_gradients, without_hooks
 from mamlpp_ext.lslr.rates import LSLR, checked_lslr
+from mamlpp_ext.lslr.update import check_reached
 
 __all__ = [
     "LSLR",
     "called",
+    "check_reached",
     "checked_lslr",
     "functional_call",
     "places_of",

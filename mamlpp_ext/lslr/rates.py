@@ -14,7 +14,7 @@ from mamlpp_ext.checks import ExtraSteps, checked_count, checked_extra_steps, li
 from mamlpp_ext.fast_kernels import check_second_derivatives
 from mamlpp_ext.lslr.adapted import Adapt, parameters_named, select_parameters
 from mamlpp_ext.lslr.given import Grads, by_name
-from mamlpp_ext.lslr.update import check_shapes, descend
+from mamlpp_ext.lslr.update import check_reached, check_shapes, descend
 
 
 class LSLR(nn.Module):
@@ -139,14 +139,7 @@ class LSLR(nn.Module):
         column = self._column(step)
         present = [i for i, name in enumerate(self.names) if grads[name] is not None]
         names = [self.names[i] for i in present]
-        if not names:
-            raise RuntimeError(
-                f"every gradient of inner step {step} is None, so nothing would be adapted: the "
-                f"support loss depends on none of {listing(list(self.names))} as they are at this "
-                "step; predict inside of the loop, after the step before, by the model that is "
-                "adapted (in higher fnet(x), not net(x); in a loop of your own "
-                "functional_call(net, params, x))"
-            )
+        check_reached(self.names, names, step)
         chosen: Any = [grads[name] for name in names]
         check_shapes(names, params, chosen)
         if not self._second_order_checked and any(grad.requires_grad for grad in chosen):

@@ -8,14 +8,35 @@ form, with c the gradient that arrives at the updated tensor:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mamlpp_ext.checks import listing
 from mamlpp_ext.fast_kernels import QuickFunction, save
 from mamlpp_ext.torch_private import subtract_products, transforms_active
+
+
+def check_reached(names: Sequence[str], reached: Collection[str], step: int) -> None:
+    """Says that a step adapts nothing.
+
+    Args:
+        names: what is adapted.
+        reached: which of these have a gradient.
+        step: the inner step.
+
+    Raises:
+        RuntimeError: if none has one.
+    """
+    if not reached:
+        raise RuntimeError(
+            f"every gradient of inner step {step} is None, so that nothing would be adapted: the "
+            f"support loss depends on none of {listing(list(names))} as they are at this step; "
+            "predict inside of the loop, after the step before, by the model that is adapted "
+            "(fnet(x) in higher, not net(x); functional_call(net, params, x) in a loop of your own)"
+        )
 
 
 def check_shapes(

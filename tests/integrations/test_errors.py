@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -91,7 +93,100 @@ def import_without(package: str, adapter: Any) -> None:
         runpy.run_path(adapter.__file__)
 
 
+def original_in_higher(net: Net) -> None:
+    """As one writes by mistake."""
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 3)) as (_, diffopt):
+        diffopt.step(net(torch.randn(4, 3)).sum())
+
+
+def predicted_before_in_higher(net: Net) -> None:
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 3)) as (fnet, diffopt):
+        prediction = fnet(torch.randn(4, 3))
+        for _ in range(2):
+            diffopt.step(prediction.square().sum())
+
+
+def predicted_before_in_torchopt(net: Net) -> None:
+    with mpp_torchopt.innerloop_ctx(net, mpp.LSLR(net, 3)) as inner_opt:
+        prediction = net(torch.randn(4, 3))
+        for _ in range(2):
+            inner_opt.step(prediction.square().sum())
+
+
+def predicted_before_in_a_chain(net: Net) -> None:
+    weights = torchopt.extract_state_dict(net, by="reference")
+    inner_opt = torchopt.MetaOptimizer(net, mpp_torchopt.lslr_transform(mpp.LSLR(net, 3)))
+    prediction = net(torch.randn(4, 3))
+    try:
+        for _ in range(2):
+            inner_opt.step(prediction.square().sum())
+    finally:
+        torchopt.recover_state_dict(net, weights)
+
+
+class Caller:
+    """An object that holds a layer, and is none."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+class CallsByObject(nn.Module):
+    """A model whose head nobody can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.last = Caller(self.head)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(x))
+
+
+class Abstract(nn.Module, abc.ABC):
+    """A class that higher's cannot be mixed with."""
+
+
+class Concrete(Abstract):
+    """One of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 4)
+
+
+def over_two_devices() -> nn.Module:
+    net = nn.DataParallel(nn.Linear(3, 4))
+    net.device_ids = [0, 1]
+    return net
+
+
+def with_scripted_layer() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        return nn.Sequential(nn.Linear(3, 4), torch.jit.script(nn.Linear(4, 2)))
+
+
+NOTHING_ADAPTED = ("every gradient of inner step 1 is None", "'body.weight'", "inside of the loop")
 CONTEXTS: dict[str, Row] = {
+    "higher, the model for the patched one": (
+        original_in_higher,
+        RuntimeError,
+        ("'body.weight'", "of the model itself", "call fnet(x), not net(x)"),
+    ),
+    "higher, predicted before the loop": (
+        predicted_before_in_higher,
+        RuntimeError,
+        NOTHING_ADAPTED,
+    ),
+    "torchopt, predicted before the loop": (
+        predicted_before_in_torchopt,
+        RuntimeError,
+        NOTHING_ADAPTED,
+    ),
     "rates before the model": (
         lambda n: mpp_higher.LSLROptimizer(n.parameters(), mpp.LSLR(n, 3)),
         TypeError,
@@ -221,6 +316,36 @@ CONVERSIONS: dict[str, Row] = {
     ),
 }
 OTHER_MODELS: Table = {
+    "torchopt, predicted before the loop, in a chain": (
+        without_norm,
+        predicted_before_in_a_chain,
+        RuntimeError,
+        ("every gradient of inner step 1 is None", "'0.weight'", "inside of the loop"),
+    ),
+    "higher, a layer called by an object": (
+        CallsByObject,
+        lambda n: steps_in_higher(n, 1),
+        RuntimeError,
+        ("'head.weight', 'head.bias' of the model itself", "mamlpp_ext.integrations.torchopt"),
+    ),
+    "higher, a class of its own kind": (
+        Concrete,
+        lambda n: enter_higher(n, mpp.LSLR(n, 3)),
+        TypeError,
+        ("higher cannot patch this Concrete", "method resolution", "use task_batch_loss"),
+    ),
+    "higher, over two devices": (
+        over_two_devices,
+        lambda n: enter_higher(n, mpp.LSLR(n, 3)),
+        TypeError,
+        ("DataParallel would copy layers", "pass the model in it, its .module"),
+    ),
+    "torchopt, a scripted layer": (
+        with_scripted_layer,
+        lambda n: enter_torchopt(n, mpp.LSLR(n, 3)),
+        TypeError,
+        ("'1' (RecursiveScriptModule) is scripted", "use task_batch_loss"),
+    ),
     "convert a patched model": (
         plain,
         lambda n: inside_higher(n, lambda net: mpp.convert_batchnorm(net, 5)),

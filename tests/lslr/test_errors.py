@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -172,6 +173,26 @@ class Checkpointed(nn.Sequential):
         return checkpoint(self[1], self[0](input), use_reentrant=False)
 
 
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        return torch.jit.script(nn.Linear(3, 2))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(2))
+
+
+def weight_normed() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+
+
+def update_by_graph(net: Net) -> None:
+    params = dict(net.named_parameters())
+    grads = torch.autograd.grad(net(X + 1).sin().sum(), [*params.values()], create_graph=True)
+    mpp.LSLR(net, 3).update(params, grads, 0)
+
+
 X = torch.zeros(2, 3, dtype=torch.float64)
 CALLS: Table = {
     "a call with another model's weights": (
@@ -197,6 +218,43 @@ CALLS: Table = {
         lambda n: mpp.functional_call(n, {}, X),
         RuntimeError,
         ("activation checkpointing", "gradient_checkpointing_disable()", "rematerialize=True"),
+    ),
+    "a call of a DataParallel": (
+        lambda: nn.DataParallel(nn.Linear(3, 2)),
+        lambda n: mpp.functional_call(n, dict(n.named_parameters()), X),
+        TypeError,
+        ("DataParallel copies its own weights", "pass the model in it, its .module"),
+    ),
+    "rates of a scripted model": (
+        scripted,
+        lambda n: mpp.LSLR(n, 3),
+        ValueError,
+        ("RecursiveScriptModule is scripted", "adapt the model that it was made of"),
+    ),
+    "rates of a lazy model": (
+        lazy,
+        lambda n: mpp.LSLR(n, 3),
+        ValueError,
+        ("'1.weight', '1.bias' of Sequential are lazy", "run one batch through the model"),
+    ),
+    "an update without a gradient": (
+        per_step,
+        lambda n: mpp.LSLR(n, 3).update(
+            dict(n.named_parameters()), dict.fromkeys(mpp.LSLR(n, 3).names), 2
+        ),
+        RuntimeError,
+        (
+            "every gradient of inner step 2 is None",
+            "'body.weight'",
+            "predict inside of the loop",
+            "functional_call(net, params, x)",
+        ),
+    ),
+    "an update with the second derivative of weight_norm": (
+        weight_normed,
+        update_by_graph,
+        RuntimeError,
+        ("aten::_weight_norm_interface", "mpp.twice_differentiable(model) around the loop"),
     ),
     "an update with what has no second derivative": (
         lambda: nn.Sequential(nn.Linear(3, 2), nn.Hardsigmoid()),

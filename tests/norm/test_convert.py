@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -243,6 +244,46 @@ def test_what_cannot_be_copied_is_left_alone(unchanged: Any) -> None:
     model[1].source = (step for step in ())  # generators cannot be copied
     with unchanged(model), pytest.raises(ValueError, match=r"'1.source' is in the way, of type"):
         mpp.convert_batchnorm(model, 2)
+
+
+class RefersToNorm(nn.Module):
+    """Calls its norm by what it holds besides it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+        norm = self.norm
+        self.call = {
+            "method": norm.forward,
+            "function": lambda x: norm(x),
+            "partial": functools.partial(nn.Module.__call__, norm),
+            "list": [norm],
+        }[way]
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = self.call[0] if isinstance(self.call, list) else self.call
+        return call(self.body(x))
+
+
+@pytest.mark.parametrize("way", ["method", "function", "partial", "list"])
+def test_what_refers_to_a_norm_refers_to_the_converted_one(way: str) -> None:
+    model = RefersToNorm(way)
+    model.norm.eps = 0.5
+    converted, x = mpp.convert_batchnorm(model, 3), torch.randn(8, 3)
+    for step in mpp.inner_steps(converted, 3):
+        torch.testing.assert_close(converted(x), model.norm(model.body(x)))
+        assert converted.norm.num_batches_tracked.tolist() == [1] * (step + 1) + [0] * (2 - step)
+
+
+def test_a_wrapped_forward_of_the_copy_calls_the_copy(unchanged: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    inner = model.forward
+    model.forward = lambda x: 2 * inner(x)
+    converted, x = mpp.convert_batchnorm(model, 3), torch.randn(8, 3)
+    with unchanged(model):
+        found = converted(x)
+    assert converted[1].num_batches_tracked.tolist() == [1, 0, 0]
+    torch.testing.assert_close(found, model(x))
 
 
 def test_inside_frozen_statistics(unchanged: Any) -> None:

@@ -162,7 +162,36 @@ CONVERSIONS: dict[str, Row] = {
         ("no nn.BatchNorm1d, 2d or 3d", "it is converted already", "leave this call out"),
     ),
 }
+
+
+def keeps_activation() -> nn.Module:
+    net = plain()
+    net.norm.activation = net(torch.randn(4, 3))
+    return net
+
+
+def with_old_weight_norm() -> nn.Module:
+    net = plain()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it deprecated
+        nn.utils.weight_norm(net.body)
+    net(torch.randn(4, 3))
+    return net
+
+
 OTHER_MODELS: Table = {
+    "a model that keeps an activation": (
+        keeps_activation,
+        lambda n: mpp.convert_batchnorm(n, 5),
+        ValueError,
+        ("'norm.activation' is in the way, of type Tensor", "delete that first", "kept detached"),
+    ),
+    "a model with the old weight_norm": (
+        with_old_weight_norm,
+        lambda n: mpp.convert_norm(n, 5),
+        ValueError,
+        ("'body.weight' is in the way", "take torch.nn.utils.parametrizations.weight_norm"),
+    ),
     "convert without BatchNorm": (
         without_norm,
         lambda n: mpp.convert_batchnorm(n, 5),
