@@ -160,6 +160,8 @@ def outcome(
     adapt: Any = None,
 ) -> Found:
     """Returns what a copy of the model learns and what is left in it."""
+    # Of the model itself, too: torch cannot copy the buffers of lazy layers.
+    mpp.LSLR(net, STEPS, adapt=adapt)
     net = copy.deepcopy(net)
     lslr = mpp.LSLR(net, STEPS, 0.05, adapt=adapt)
     with torch.no_grad():
