@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import mamlpp_ext as mpp
+from any_model import call, task_of
 from mamlpp_ext.fast_kernels.batch_norm import batch_normalize
 from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference
-from random_nets import ADAPT, CHANNELS_LAST, Plan, build, plans, tasks
+from random_nets import ADAPT, CHANNELS_LAST, Plan, build, plans, tasks, with_rows
 
 pytest.importorskip("higher")
 pytest.importorskip("torchopt")
@@ -36,7 +37,7 @@ Task = tuple[Tensor, ...]
 
 def learner(plan: Plan, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, mpp.LSLR]:
     """The plan's model with rows, no two alike, and rates of either sign."""
-    net = mpp.convert_batchnorm(build(plan, dtype), plan.steps)
+    net = with_rows(plan, build(plan, dtype))
     lslr = mpp.LSLR(net, plan.steps, adapt=ADAPT[plan.adapt])
     with torch.no_grad():
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
@@ -69,12 +70,13 @@ def assert_near(found: Any, expected: Any, tolerance: float) -> None:
 def test_conversion_preserves_outputs(plan: Plan, training: bool, dtype: torch.dtype) -> None:
     plain = build(plan, dtype).train(training)
     before = copy.deepcopy(plain.state_dict())
-    converted = mpp.convert_batchnorm(plain, plan.steps)
+    converted, task = with_rows(plan, plain), task_of(tasks(plan, dtype), 0)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-3
     for step in mpp.inner_steps(converted, plan.steps):
         twin = copy.deepcopy(plain)  # each row starts where the plain layer is
-        for x in (tasks(plan, dtype)[0][0], tasks(plan, dtype)[2][0]):
-            assert_near({"output": converted(x)}, {"output": twin(x)}, tolerance)
+        for x in (task[0], task[2]):
+            found, expected = call(converted, x), call(twin, x)
+            assert_near({"output": found}, {"output": expected}, tolerance)
         rows = converted.state_dict()
         for name, value in twin.state_dict().items():
             table = rows[name]
@@ -92,8 +94,8 @@ def test_conversion_preserves_outputs(plan: Plan, training: bool, dtype: torch.d
 def loop(net: nn.Module, step: Callable[[Tensor], Any], task: Task, steps: int) -> list[Tensor]:
     losses = []
     for _ in mpp.inner_steps(net, steps):
-        step(F.cross_entropy(net(task[0]), task[1]))
-        losses.append(F.cross_entropy(net(task[2]), task[3]))
+        step(F.cross_entropy(call(net, task[0]), task[1]))
+        losses.append(F.cross_entropy(call(net, task[2]), task[3]))
     return losses
 
 
@@ -120,23 +122,25 @@ def by_hand(net: nn.Module, lslr: mpp.LSLR, task: Task, order: bool) -> list[Ten
         if p is not None
     }
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Any) -> Tensor:
         placed = {place: params[owner[id(p)]] for place, p in places.items()}
-        return functional_call(net, placed, (x,), tie_weights=False)
+        args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+        return functional_call(net, placed, args, kwargs, tie_weights=False)
 
     losses = []
-    for step in mpp.inner_steps(net, lslr.num_steps):
-        loss = F.cross_entropy(forward(task[0]), task[1])
-        wanted = [params[name] for name in lslr.names]
-        grads = torch.autograd.grad(loss, wanted, create_graph=order, allow_unused=True)
-        params = lslr.update(params, dict(zip(lslr.names, grads, strict=True)), step)
-        losses.append(F.cross_entropy(forward(task[2]), task[3]))
+    with mpp.twice_differentiable(net, second_order=order):
+        for step in mpp.inner_steps(net, lslr.num_steps):
+            loss = F.cross_entropy(forward(task[0]), task[1])
+            wanted = [params[name] for name in lslr.names]
+            grads = torch.autograd.grad(loss, wanted, create_graph=order, allow_unused=True)
+            params = lslr.update(params, dict(zip(lslr.names, grads, strict=True)), step)
+            losses.append(F.cross_entropy(forward(task[2]), task[3]))
     return losses
 
 
 def in_turn(run: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     def every_task(net: nn.Module, lslr: mpp.LSLR, batch: Task, msl: Any, order: bool) -> Any:
-        found = [run(net, lslr, task, order) for task in zip(*batch, strict=True)]
+        found = [run(net, lslr, task_of(batch, i), order) for i in range(len(batch[1]))]
         step_losses = torch.stack([torch.stack(losses) for losses in found])
         return msl(step_losses).mean(), step_losses
 
@@ -252,7 +256,7 @@ def test_tasks_do_not_see_each_other(plan: Plan, kind: str, training: bool) -> N
     net, lslr = learner(plan)
     net.train(training)
     batch, order = tasks(plan), torch.randperm(plan.tasks)
-    found = outcome(BACKENDS[kind], net, lslr, tuple(part[order] for part in batch), sum_, True)
+    found = outcome(BACKENDS[kind], net, lslr, task_of(batch, order), sum_, True)
     expected = outcome(BACKENDS[kind], net, lslr, batch, sum_, True)
     expected["step losses"] = expected["step losses"][order]
     moments = [name for name, _ in net.named_buffers() if not name.endswith("tracked")]
@@ -273,7 +277,7 @@ def test_a_forward_moves_the_row_of_its_step_alone(plan: Plan, step: int) -> Non
     net, _ = learner(plan)
     before = copy.deepcopy(dict(net.named_buffers()))
     with mpp.at_step(net, step):
-        net(tasks(plan)[0][0])
+        call(net, task_of(tasks(plan), 0)[0])
     others = [row for row in range(plan.steps) if row != step]
     for name, table in net.named_buffers():
         torch.testing.assert_close(table[others], before[name][others], rtol=0, atol=0)
@@ -314,7 +318,7 @@ def test_round_trips(plan: Plan, trip: str) -> None:
     before = copy.deepcopy(both.state_dict())
     for p in again.parameters():  # nothing is shared
         p.data.zero_()
-    again["net"](tasks(plan)[0][0])
+    call(again["net"], task_of(tasks(plan), 0)[0])
     for name, tensor in both.state_dict().items():
         if isinstance(tensor, Tensor):
             torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)

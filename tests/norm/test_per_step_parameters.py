@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import mamlpp_ext as mpp
+from mamlpp_ext.__main__ import describe
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -261,3 +262,22 @@ def test_each_table_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         "1.weight -> (3, 4, 4)",
         "1.bias -> (3, 4)",
     ]
+
+
+def test_check_setup_knows_of_them() -> None:
+    net = with_rows()
+    findings = mpp.check_setup(net, mpp.LSLR(net, 3))
+    assert not [finding for finding in findings if finding.startswith("problem:")]
+    layers = "'0.self_attn', '0.self_attn.out_proj', '0.norm1', '0.norm2', '1'"
+    assert f"on: per-step parameters of 5 other layers ({layers})" in findings
+    assert "off: per-step batch-norm weights and biases (BNWB) in 0 layers" in findings
+    findings = mpp.check_setup(net, mpp.LSLR(net, 2, adapt=["1.*"]))
+    assert [finding for finding in findings if "adapts rows of per-step layers" in finding]
+    assert [finding for finding in findings if "layer '0.norm1' has num_steps=3" in finding]
+
+
+def test_the_command_lists_them() -> None:
+    lines = [*describe(with_rows(), 3, None, None)]
+    assert "per-step: '0.norm1', weight, bias, 3 rows" in lines
+    assert "outer loop alone: '0.norm1.weight', (3, 4)" in lines
+    assert "adapted: '1.weight', (4, 4)" in lines
