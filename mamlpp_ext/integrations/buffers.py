@@ -15,18 +15,20 @@ from mamlpp_ext.torch_private import changes_of, held
 @contextmanager
 def buffers_kept_on_error(net: nn.Module) -> Iterator[None]:
     """Puts every buffer of ``net`` back as it was if an exception ends the block."""
-    kept = [
-        (own, name, buffer, None if buffer is None else (buffer.clone(), changes_of(buffer)))
-        for own in [held(module, "buffers") for module in net.modules()]
-        for name, buffer in own.items()
-    ]
+    every = [held(module, "buffers") for module in net.modules()]
+    kept = [(own, own.copy()) for own in every]
+    before = {
+        id(b): (b.clone(), changes_of(b)) for own in every for b in own.values() if b is not None
+    }
     try:
         yield
     except BaseException:
-        for own, name, buffer, before in kept:
-            own[name] = buffer  # a forward may have put another in its place
-            if before is not None and _was_written(buffer, *before):
-                own[name] = _written(buffer, before[0])
+        for own, buffers in kept:
+            own.clear()  # a forward may have registered others, or put some in the place of these
+            own.update(buffers)
+            for name, buffer in buffers.items():
+                if buffer is not None and _was_written(buffer, *before[id(buffer)]):
+                    own[name] = _written(buffer, before[id(buffer)][0])
         raise
 
 
@@ -69,7 +71,9 @@ def _was_written(tensor: Tensor, other: Tensor | None, changes: int | None) -> b
     """Returns whether a tensor that was as ``other`` is, and as often changed, no longer is."""
     if changes_of(tensor) != changes or other is None or tensor.layout != torch.strided:
         return True
-    return not torch.equal(tensor, other)  # through .data nothing counts
+    if tensor.shape != other.shape or not tensor.is_floating_point():
+        return not torch.equal(tensor, other)  # written through .data, it counts no change
+    return not torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()

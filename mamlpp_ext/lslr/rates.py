@@ -91,7 +91,8 @@ class LSLR(nn.Module):
         # copying or pickling model and table together keeps the pairs.
         self._sources = [chosen[name] for name in self.names]
         like = chosen[self.names[0]]
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        double = like.dtype in (torch.float64, torch.complex128)
+        dtype = torch.float64 if double else torch.float32
         rates = torch.full((len(self.names), self.num_steps), self.lr, dtype=dtype)
         self.rates = nn.Parameter(rates.to(like.device), requires_grad=learnable)
         self._second_order_checked = False

@@ -48,6 +48,11 @@ class AdaptedModel:
         self.counters = checked_counters(model, num_steps - 1)
         self.modules = list(model.modules())
         self.places = places_of(model, self.initial)
+        self.sparse = [
+            vars(layer)
+            for path, layer in model.named_modules()
+            if vars(layer).get("sparse") is True and f"{path}.weight".lstrip(".") in self.places
+        ]
 
     def __call__(self, adapted: Params, x: Any) -> Any:
         """Returns ``model(x)``, ``model(*x)`` of a tuple or ``model(**x)`` of a dict."""
@@ -55,7 +60,7 @@ class AdaptedModel:
         args, kwargs = (x if isinstance(x, tuple) else (x,)), None
         if isinstance(x, dict):
             args, kwargs = (), x
-        with _padding_without_index(self.model, placed):
+        with _padding_without_index(self.model, placed), _with_dense_gradients(self.sparse):
             return called(self.model, placed, args, kwargs)
 
     @contextmanager
@@ -144,6 +149,18 @@ class AdaptedModel:
         """Returns what decides how the layers compute, besides their tensors."""
         frozen = tuple(counter.frozen for counter in self.counters)
         return tuple(module.training for module in self.modules), frozen
+
+
+@contextmanager
+def _with_dense_gradients(sparse: list[dict[str, Any]]) -> Iterator[None]:
+    """Has embeddings of sparse gradients return dense ones: views, vmap and rates have no rules."""
+    try:
+        for layer in sparse:
+            layer["sparse"] = False
+        yield
+    finally:
+        for layer in sparse:
+            layer["sparse"] = True
 
 
 @contextmanager

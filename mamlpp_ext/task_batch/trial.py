@@ -121,7 +121,8 @@ def _measured(model: AdaptedModel, settings: Settings, tasks: Tasks, way: Way) -
         # Whether a gradient arrives may depend on the task's data.
         reached = [adapted[n].new_zeros(()) if g is None else g for n, g in grads.items()]
         reached = [g.to_dense().expand_as(adapted[n]) for n, g in zip(grads, reached, strict=True)]
-        value = sum((g.square().sum() for g in reached), losses.new_zeros(()))
+        real = [torch.view_as_real(g) if g.is_complex() else g for g in reached]
+        value = sum((g.square().sum() for g in real), losses.new_zeros(()))
         wanted = [adapted[name] for name in model.adapting]
         second = [torch.zeros_like(t) for t in wanted]
         if order and value.requires_grad:
