@@ -4,35 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call
 
 import mamlpp_ext as mpp
+from clone_and_adapt import MAML, update_module  # the latter from learn2learn
 from few_shot import conv_net
 from guide import STEPS, TASKS, WAYS, evaluate, tasks
-
-
-class MAML(nn.Module):
-    """A model whose clones adapt, with the interface of learn2learn's wrapper of this name."""
-
-    def __init__(self, module, lr, first_order=False):
-        super().__init__()
-        self.module, self.lr, self.first_order = module, lr, first_order
-        self.weights, self.step = lr.parameters_of(module), 0
-
-    def clone(self, first_order=None):
-        chosen = self.first_order if first_order is None else first_order
-        return MAML(self.module, self.lr, chosen)
-
-    def adapt(self, loss):
-        weights, create_graph = self.weights, not self.first_order
-        grads = torch.autograd.grad(loss, weights.values(), create_graph=create_graph)
-        named = dict(zip(weights, grads, strict=True))
-        self.weights = self.lr.update(weights, named, self.step)
-        self.step += 1
-
-    def forward(self, x):
-        return functional_call(self.module, self.weights, x)
 
 
 def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0) -> float:
@@ -40,17 +16,24 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     torch.manual_seed(seed)
     train_tasks, test_batches = tasks(seed, tests)
     net = mpp.convert_batchnorm(conv_net(1, WAYS, filters=32, size=8), STEPS)
-    maml = MAML(net, lr=mpp.LSLR(net, STEPS, lr=0.1))
-    meta_opt = torch.optim.Adam(maml.parameters(), lr=1e-3)
+    maml, lslr = MAML(net, lr=0.1), mpp.LSLR(net, STEPS, lr=0.1)
+    meta_opt = torch.optim.Adam([*maml.parameters(), *lslr.parameters()], lr=1e-3)
     msl, da = mpp.MultiStepLoss(STEPS, anneal_epochs=3), mpp.DerivativeOrderAnnealing(1)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(meta_opt, epochs, eta_min=1e-5)
+
+    def adapt(learner, loss, step):
+        fast, rates = dict(learner.module.named_parameters()), lslr.rates_at(step)
+        grads = torch.autograd.grad(loss, [fast[n] for n in rates], create_graph=da.second_order)
+        for name, grad in zip(rates, grads, strict=True):
+            fast[name].update = -rates[name] * grad
+        update_module(learner.module)
 
     def adapt_to_each(batch, first_order):
         losses, all_logits = [], []
         for x_support, y_support, x_target, y_target in zip(*batch, strict=True):
             learner = maml.clone(first_order=first_order)
-            for _ in mpp.inner_steps(learner, STEPS):
-                learner.adapt(F.cross_entropy(learner(x_support), y_support))
+            for step in mpp.inner_steps(learner, STEPS):
+                adapt(learner, F.cross_entropy(learner(x_support), y_support), step)
                 losses.append(F.cross_entropy(logits := learner(x_target), y_target))
             all_logits.append(logits.detach())
         return torch.stack(losses).view(TASKS, -1), torch.stack(all_logits)

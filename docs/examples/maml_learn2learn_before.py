@@ -4,34 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call
 
+from clone_and_adapt import MAML  # from learn2learn.algorithms import MAML
 from few_shot import conv_net
 from guide import STEPS, TASKS, WAYS, evaluate, tasks
-
-
-class MAML(nn.Module):
-    """A model whose clones adapt, with the interface of learn2learn's wrapper of this name."""
-
-    def __init__(self, module, lr, first_order=False):
-        super().__init__()
-        self.module, self.lr, self.first_order = module, lr, first_order
-        self.weights, self.step = dict(module.named_parameters()), 0
-
-    def clone(self, first_order=None):
-        chosen = self.first_order if first_order is None else first_order
-        return MAML(self.module, self.lr, chosen)
-
-    def adapt(self, loss):
-        weights, create_graph = self.weights, not self.first_order
-        grads = torch.autograd.grad(loss, weights.values(), create_graph=create_graph)
-        named = dict(zip(weights, grads, strict=True))
-        self.weights = {name: w - self.lr * named[name] for name, w in weights.items()}
-        self.step += 1
-
-    def forward(self, x):
-        return functional_call(self.module, self.weights, x)
 
 
 def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0) -> float:
