@@ -34,6 +34,9 @@ from ablation_run import AblationRun
 from demo import DATA_HELP, add_image_flags, cores
 from few_shot import FewShotData, TaskSampler, load
 from learners import BACKENDS
+from networks import NETWORKS
+
+CHOICES = {"backend": list(BACKENDS), "network": NETWORKS}
 
 
 def make_parser(text: str | None = __doc__, out: str = "ablation") -> argparse.ArgumentParser:
@@ -69,7 +72,7 @@ def make_parser(text: str | None = __doc__, out: str = "ablation") -> argparse.A
             add(
                 f"--{field.name.replace('_', '-')}",
                 type=kind,
-                choices=list(BACKENDS) if field.name == "backend" else None,
+                choices=CHOICES.get(field.name),
                 help=f"{field.metadata['help']} (reduced: {field.default})",
             )
     return parser

@@ -25,6 +25,7 @@ class Protocol:
     """What is alike in every row."""
 
     backend: str = _setting("torchopt", "library underneath")
+    network: str = _setting("conv4", "the papers', or one without batch norm")
     ways: int = _setting(20, "classes in a task")
     shots: int = _setting(1, "support images of a class")
     targets: int = _setting(5, "target images of a class")

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+import networks
 from ablation_checkpoint import load, save
 from ablation_protocol import ROWS, Protocol
-from few_shot import Batch, FewShotData, TaskSampler, conv_net, summary, task_accuracies
+from few_shot import Batch, FewShotData, TaskSampler, summary, task_accuracies
 from image_store import Images
 from learners import STATISTICS, Learner, Schedules
 from mamlpp_ext import PerStepBatchNorm2d
@@ -60,7 +61,7 @@ class AblationRun:
         p = protocol
         torch.manual_seed(seed)
         self.learner = Learner(
-            conv_net(data.channels, p.ways, p.filters, data.size).to(device),
+            networks.make(p.network, data.channels, p.ways, p.filters, data.size).to(device),
             ROWS[row],
             p.backend,
             steps=p.steps,

@@ -48,7 +48,7 @@ class Learner:
     """MAML around a network, with the parts of MAML++ that are asked for.
 
     Args:
-        net: a network with ``nn.BatchNorm`` layers, on the device where it learns.
+        net: a network with norm layers of torch's, on the device where it learns.
         parts: some of ``PARTS``; none is plain MAML, all are MAML++.
         backend: ``"higher"``, ``"torchopt"`` or ``"torch_func"``.
         steps: inner steps.
@@ -72,8 +72,9 @@ class Learner:
         self.run = BACKENDS[backend]
         adapt = None
         if "BNRS+BNWB" in parts:
-            net = mpp.convert_batchnorm(net, steps)
-        elif backend == "torch_func":  # nn.BatchNorm's meaning, in a layer that vmap can take
+            net = mpp.convert_norm(net, steps)
+        elif backend == "torch_func" and any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
+            # nn.BatchNorm's meaning, in a layer that vmap can take.
             net, adapt = mpp.convert_batchnorm(net, 1, extra_steps="last"), ["*"]
         self.net = net
         self.lslr = mpp.LSLR(net, steps, inner_lr, learnable="LSLR" in parts, adapt=adapt)
