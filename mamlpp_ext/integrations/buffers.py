@@ -71,9 +71,10 @@ def _was_written(tensor: Tensor, other: Tensor | None, changes: int | None) -> b
     """Returns whether a tensor that was as ``other`` is, and as often changed, no longer is."""
     if changes_of(tensor) != changes or other is None or tensor.layout != torch.strided:
         return True
-    if tensor.shape != other.shape or not tensor.is_floating_point():
-        return not torch.equal(tensor, other)  # written through .data, it counts no change
-    return not torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
+    if torch.equal(tensor, other):  # else it was written to through .data, which counts no change
+        return False
+    may_be_nan = tensor.is_floating_point() and tensor.shape == other.shape
+    return not (may_be_nan and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True))
 
 
 @torch.no_grad()

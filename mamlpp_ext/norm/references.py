@@ -78,6 +78,8 @@ class References:
         move = _MOVES.get(type(value))
         if move is None:
             return self._replaced.get(id(value), value)
+        if not value:  # most containers are empty, and this is called for every layer of a task
+            return value
         if id(value) not in self._moved:
             self._moved[id(value)] = value, value  # where it is met within itself
             self._moved[id(value)] = value, move(self, value)
