@@ -5,8 +5,8 @@ dictionary as it is. What refers to modules there (a bound method, a wrapped ``f
 layers) still means the model itself, whose weights nobody adapts.
 
 What it touches of higher: the patched module's ``update_params`` and ``_refill_params_box``, its
-layers' dictionaries (``_parameters``, ``_modules``, hooks, ``_compiled_call_impl``), and that it
-asks ``_parameters`` for the ``_flat_weights_names`` of recurrent layers.
+layers' ``_root_ref`` and dictionaries (``_parameters``, ``_modules``, hooks), and that it asks
+``_parameters`` for the ``_flat_weights_names`` of recurrent layers.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def complete_twins(net: nn.Module, fnet: Any) -> list[tuple[nn.Module, nn.Module
         for name, hooks in hooks_of(module).items():
             # Copies: hooks that are registered on the patched model end with it.
             own[name] = OrderedDict((key, references.moved(hook)) for key, hook in hooks.items())
+        if twin is not fnet:  # higher takes an nn.Sequential for none, which is empty by then
+            own["_root_ref"] = weakref.ref(fnet)
         forget_compiled(twin)  # it is the model's own, with its weights
         if "_flat_weights_names" in own:
             hold_parameters(twin, _Weights(twin))

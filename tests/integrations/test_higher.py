@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mamlpp_ext as mpp
 
@@ -355,3 +356,87 @@ def test_annealing_switches_the_order_between_tasks(
         da.step()
     expected = [expected_gradients(net, lslr, task, second_order=o) for o in (False, True)]
     torch.testing.assert_close(found, expected)
+
+
+def test_layers_called_by_themselves_are_adapted(
+    net: nn.Module, lslr: mpp.LSLR, task: Task
+) -> None:
+    """Bare higher gives a layer the weights of the first such call, whatever came after it."""
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        return model.head(model.relu(model.norm(model.body(x))))
+
+    expected = expected_gradients(net, lslr, task)
+    with innerloop_ctx(net, lslr) as (fnet, diffopt):
+        losses = []
+        for _ in mpp.inner_steps(fnet, 3):
+            diffopt.step(F.cross_entropy(forward(fnet, task[0]), task[1]))
+            losses.append(F.cross_entropy(forward(fnet, task[2]), task[3]))
+        sum(losses).backward()
+    torch.testing.assert_close(gradients(net, lslr), expected)
+
+
+def test_hooks_see_the_parameters_of_their_call(net: nn.Module, lslr: mpp.LSLR, task: Task) -> None:
+    seen: list[Tensor] = []
+    net.register_forward_pre_hook(lambda module, args: seen.append(module.body.weight))
+    with innerloop_ctx(net, lslr) as (fnet, diffopt):
+        diffopt.step(F.cross_entropy(fnet(task[0]), task[1]))
+        fnet(task[0])
+        others = [torch.zeros_like(p) for p in fnet.parameters()]
+        fnet(task[0], params=others)
+    torch.testing.assert_close(seen[0], net.body.weight)
+    assert not torch.equal(seen[1], seen[0])
+    assert seen[2] is others[0]
+
+
+def test_hooks_of_the_patched_model_end_with_it(net: nn.Module, lslr: mpp.LSLR, task: Task) -> None:
+    calls: list[str] = []
+    net.head.register_forward_hook(lambda *args: calls.append("model's"))
+    with innerloop_ctx(net, lslr) as (fnet, _):
+        fnet.head.register_forward_hook(lambda *args: calls.append("patched model's"))
+        fnet(task[0])
+    assert calls == ["model's", "patched model's"]
+    net(task[0])
+    assert calls == ["model's", "patched model's", "model's"]
+
+
+def test_highers_own_context_calls_hooks(net: nn.Module, lslr: mpp.LSLR, task: Task) -> None:
+    net.register_forward_hook(lambda module, args, output: 2 * output)
+    expected = expected_gradients(net, lslr, task)
+    optimizer = LSLROptimizer(net, lslr)
+    with higher.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (fnet, diffopt):
+        adapt(fnet, diffopt, task).backward()
+    torch.testing.assert_close(gradients(net, lslr), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_what_is_not_adapted_is_refused(
+    net: nn.Module, task: Task, reentrant: bool
+) -> None:
+    """The patched layer has lost its weights by the time of the backward."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.head(checkpoint(self.body, x, use_reentrant=reentrant))
+
+    net = Checkpointed()
+    with innerloop_ctx(net, mpp.LSLR(net, 3, adapt="head.*")) as (fnet, diffopt):
+        with pytest.raises(RuntimeError, match=r"activation checkpointing.*rematerialize=True"):
+            diffopt.step(F.cross_entropy(fnet(task[0]), task[1]))
+
+
+def test_a_fixed_point_of_the_patched_model_may_be_in_the_loss(net: nn.Module, task: Task) -> None:
+    """As a proximal term has it: the model's own weights beside the adapted ones."""
+    lslr = mpp.LSLR(net, 3)
+    own = [*net.parameters()]
+    with innerloop_ctx(net, lslr) as (fnet, diffopt):
+        for _ in mpp.inner_steps(fnet, 3):
+            apart = sum(((a - b) ** 2).sum() for a, b in zip(fnet.parameters(), own, strict=True))
+            diffopt.step(F.cross_entropy(fnet(task[0]), task[1]) + 0.1 * apart)
+        F.cross_entropy(fnet(task[2]), task[3]).backward()
+    assert all(grad is not None for grad in gradients(net, lslr).values())
