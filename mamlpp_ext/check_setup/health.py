@@ -18,7 +18,7 @@ from mamlpp_ext.schedules import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import per_step_layers
 
 _PAGE = "docs/worse.md"
-_HUGE = 20.0  # times the norm of the weights
+_HUGE = 10.0  # times the norm of the weights
 _GROWN = 10.0  # times the rate at the start
 _TURNED = -0.1  # of the rate at the start: noise about 0 is none
 _RISEN = 1.25  # times the first step's target loss
