@@ -83,7 +83,8 @@ def norms() -> st.SearchStrategy[dict[str, object]]:
     )
 
 
-def blocks(normed: bool) -> st.SearchStrategy[Block]:
+def blocks(normed: bool, mixed: bool) -> st.SearchStrategy[Block]:
+    kind = st.just("batch") if normed or not mixed else st.sampled_from(["batch", "group", "layer"])
     return st.builds(
         Block,
         channels=st.integers(1, 3),
@@ -92,19 +93,22 @@ def blocks(normed: bool) -> st.SearchStrategy[Block]:
         depth=st.integers(0, 2),
         shared=sharings,
         smooth=st.booleans(),
-        attention=st.sampled_from([False, False, True]),
-        kind=st.just("batch") if normed else st.sampled_from(["batch", "group", "layer"]),
+        attention=st.sampled_from([False, False, True]) if mixed else st.just(False),
+        kind=kind,
         norm=norms() if normed else st.none() | norms(),
     )
 
 
 @st.composite
-def plans(draw: Callable[..., object], most_steps: int = 8) -> Plan:
-    """Models of one to three blocks with a batch norm at least, in 0 to 3 spatial dimensions."""
+def plans(draw: Callable[..., object], most_steps: int = 8, mixed: bool = True) -> Plan:
+    """Models of one to three blocks with a batch norm at least, in 0 to 3 spatial dimensions.
+
+    Mixed ones have attention and other norms as well.
+    """
     sizes = tuple(draw(st.lists(st.integers(1, 3), max_size=3)))
     least = 2 if all(size == 1 for size in sizes) else 1  # two values for each channel
     return Plan(
-        blocks=(draw(blocks(True)), *draw(st.lists(blocks(False), max_size=2))),
+        blocks=(draw(blocks(True, mixed)), *draw(st.lists(blocks(False, mixed), max_size=2))),
         in_channels=draw(st.integers(1, 2)),
         sizes=sizes,
         support=draw(st.integers(least, 5)),

@@ -214,7 +214,8 @@ def test_float32_is_near_float64(plan: Plan, kind: str, second_order: bool) -> N
     )
 
 
-@given(plans(most_steps=2), st.sampled_from(sorted(BACKENDS)), st.booleans())
+# Norms of few values one behind the other make anything of bfloat16's rounding.
+@given(plans(most_steps=2, mixed=False), st.sampled_from(sorted(BACKENDS)), st.booleans())
 def test_bfloat16_autocast(plan: Plan, kind: str, second_order: bool) -> None:
     net, lslr = learner(plan, torch.float32)
     args = (net, lslr, tasks(plan, torch.float32), aggregate(plan), second_order)
