@@ -16,6 +16,7 @@ from mamlpp_ext.torch_private import changes_of, held
 def buffers_kept_on_error(net: nn.Module) -> Iterator[None]:
     """Puts every buffer of ``net`` back as it was if an exception ends the block."""
     every = [held(module, "buffers") for module in net.modules()]
+    every = [own for own in every if isinstance(own, dict)]  # scripted ones will be refused
     kept = [(own, own.copy()) for own in every]
     before = {
         id(b): (b.clone(), changes_of(b)) for own in every for b in own.values() if b is not None
@@ -24,8 +25,11 @@ def buffers_kept_on_error(net: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for own, buffers in kept:
-            own.clear()  # a forward may have registered others, or put some in the place of these
-            own.update(buffers)
+            # A forward may have registered others, or put some in the place of these.
+            for name in own.keys() - buffers.keys():
+                del own[name]
+            for name in [name for name in buffers if own.get(name) is not buffers[name]]:
+                own[name] = buffers[name]
             for name, buffer in buffers.items():
                 if buffer is not None and _was_written(buffer, *before[id(buffer)]):
                     own[name] = _written(buffer, before[id(buffer)][0])
