@@ -25,11 +25,11 @@ PAGES = EXAMPLES.parent / "guides"
 LIMITS = {
     "higher": 12,
     "torchopt": 12,
-    "functional": 12,
+    "functional": 13,
     "torch_func": 12,
     "handwritten": 20,
     "learn2learn": 20,
-    "first_order": 12,
+    "first_order": 13,
 }
 SMALL = {"epochs": 2, "iterations": 2, "tests": 2}
 

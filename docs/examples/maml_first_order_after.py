@@ -6,7 +6,6 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 
 import mamlpp_ext as mpp
 from few_shot import conv_net
@@ -25,7 +24,7 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(meta_opt, epochs, eta_min=1e-5)
 
     def fnet(params, buffers, x):
-        return functional_call(net, (params, buffers), x)
+        return mpp.functional_call(net, {**params, **buffers}, x)
 
     def adapt_to_each(batch, buffers, create_graph=False):
         losses, all_logits = [], []
@@ -34,8 +33,7 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
             for step in mpp.inner_steps(net, STEPS):
                 loss = F.cross_entropy(fnet(params, buffers, x_support), y_support)
                 grads = torch.autograd.grad(loss, params.values(), create_graph=create_graph)
-                named = dict(zip(params, grads, strict=True))
-                params = lslr.update(params, named, step)
+                params = lslr.update(params, grads, step)
                 losses.append(F.cross_entropy(logits := fnet(params, buffers, x_target), y_target))
             all_logits.append(logits.detach())
         return torch.stack(losses).view(TASKS, -1), torch.stack(all_logits)

@@ -7,7 +7,6 @@ import copy
 import torch
 import torch.nn.functional as F
 import torchopt
-from torch.func import functional_call
 
 import mamlpp_ext as mpp
 from few_shot import conv_net
@@ -28,7 +27,7 @@ def main(epochs: int = 10, iterations: int = 20, tests: int = 25, seed: int = 0)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(meta_opt, epochs, eta_min=1e-5)
 
     def fnet(params, buffers, x):
-        return functional_call(net, (params, buffers), x)
+        return mpp.functional_call(net, {**params, **buffers}, x)
 
     def adapt_to_each(batch, buffers, create_graph):
         losses, all_logits = [], []
