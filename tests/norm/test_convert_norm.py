@@ -257,3 +257,21 @@ def test_rows_for_what_a_subclass_adds() -> None:
     for step in mpp.inner_steps(net, 3):
         expected = F.leaky_relu(F.batch_norm(x, None, None, training=True), 0.5 * step)
         torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize("settings", [{"num_steps": 3}, {"num_steps": 1, "extra_steps": "last"}])
+def test_what_task_batch_loss_says_of_running_statistics_helps(settings: dict[str, Any]) -> None:
+    norm = nn.InstanceNorm1d(4, track_running_stats=True)
+    plain = nn.Sequential(nn.Conv1d(3, 4, 1), norm, nn.Flatten(), nn.Linear(20, 2))
+    examples = torch.randn(2, 3, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+
+    def run(net: nn.Module) -> None:
+        lslr = mpp.LSLR(net, 3)
+        mpp.task_batch_loss(net, lslr, examples * 2, F.cross_entropy, num_steps=3).loss.backward()
+
+    with pytest.raises(ValueError, match=r"convert_norm\(model, num_steps\)"):
+        run(plain)
+    net = mpp.convert_norm(plain, **settings)
+    run(net)
+    assert net[1].num_batches_tracked.sum() == 12  # two tasks, three steps, two forwards in each
+    assert net[1].running_mean.count_nonzero() == net[1].running_mean.numel()

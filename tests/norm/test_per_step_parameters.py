@@ -73,12 +73,16 @@ def test_fast_path_of_encoder_layers_reads_rows(training: bool, grad: bool) -> N
     """In eval mode without gradients torch reads all weights at once, past the modules."""
     plain, net = model().train(training), with_rows().train(training)
     encoder = nn.TransformerEncoder(net[0], 1, enable_nested_tensor=False).train(training)
+    mask = torch.tensor([[False, False, True]] * 2)
     with torch.set_grad_enabled(grad):
         for step in mpp.inner_steps(net, 3):
             expected = plain_at(step, net, plain)
             torch.testing.assert_close(net(X), expected(X))
             with mpp.at_step(encoder, step):
                 torch.testing.assert_close(encoder(X), expected[0](X))
+                found = encoder(X, src_key_padding_mask=mask)
+                wanted = expected[0](X, src_key_padding_mask=mask)
+                torch.testing.assert_close(found[:, :2], wanted[:, :2])
 
 
 def test_tables_are_what_is_seen_from_outside() -> None:
@@ -229,7 +233,7 @@ def test_parametrized_layers() -> None:
 
 def test_compiled() -> None:
     net = with_rows()
-    compiled = torch.compile(net, backend="eager")
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(
         torch.stack([compiled(X) for _ in mpp.inner_steps(net, 3)]), by_step(net)
     )
