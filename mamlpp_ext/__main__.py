@@ -11,19 +11,14 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mamlpp_ext.check_setup import check_setup
-from mamlpp_ext.lslr import LSLR, functional_call
-from mamlpp_ext.norm import convert_batchnorm
-from mamlpp_ext.steps import inner_steps, per_step_layers
-from mamlpp_ext.torch_private import is_batch_norm
+from mamlpp_ext.check_setup.model import Trial, describe, loss_of_logits, noise_of
+from mamlpp_ext.task_batch import Loss, Tasks, checked_batch
 
-_OF_THE_LOOP = ("(MSL)", "(DA)", "(CA)")  # findings that say nothing of a model
 _CHECK = "what would be converted, adapted and learned"
 _BENCHMARK = "time and memory of MAML and MAML++, in every loop that is installed"
 
@@ -48,7 +43,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="of one input, such as 1,28,28: runs an inner loop on noise too, and says which "
         "parameters no gradient reaches",
     )
+    add_batch(check)
     return parser
+
+
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a batch of the user's own."""
+    parser.add_argument(
+        "--batch",
+        help="package.module:name of a function without arguments, in place of --shape: it returns "
+        "(x_support, y_support, x_target, y_target) as task_batch_loss takes them, stacked along "
+        "the tasks; inputs are a tensor, a tuple or a dict by name",
+    )
+    parser.add_argument(
+        "--loss",
+        help="package.module:name of a function of an output and labels, for --batch (the cross "
+        "entropy of the output, or of its .logits)",
+    )
 
 
 def load_model(place: str) -> nn.Module:
@@ -59,15 +70,9 @@ def load_model(place: str) -> nn.Module:
         TypeError: if what is there is no model and returns none, or takes arguments.
         ValueError: if ``place`` is not of that form.
     """
-    module, colon, name = place.partition(":")
-    if not (module and colon and name):
-        raise ValueError(f"{place!r} is not of the form package.module:name")
-    found = importlib.import_module(module)
-    if not hasattr(found, name):
-        raise ImportError(f"module {module} has no {name!r}; it defines {_public(found)}")
-    model = getattr(found, name)
+    model = _named(place)
     if not isinstance(model, nn.Module) and callable(model):
-        _check_no_arguments(place, model)
+        _check_no_arguments(place, model, "model")
         model = model()
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -77,7 +82,53 @@ def load_model(place: str) -> nn.Module:
     return model
 
 
-def _check_no_arguments(place: str, make: Callable[..., Any]) -> None:
+def load_batch(place: str) -> Tasks:
+    """Returns the meta-batch that the function at ``package.module:name`` makes.
+
+    Raises:
+        ImportError: as :func:`load_model`.
+        TypeError: if what is there is no function, or takes arguments.
+        ValueError: if it returns no meta-batch.
+    """
+    make = _named(place)
+    if not callable(make) or isinstance(make, nn.Module):
+        raise TypeError(
+            f"--batch {place} is a {type(make).__name__}; name a function without arguments that "
+            "returns (x_support, y_support, x_target, y_target)"
+        )
+    _check_no_arguments(place, make, "batch")
+    try:
+        return checked_batch(make())
+    except ValueError as error:
+        raise ValueError(f"--batch {place} returned no meta-batch: {error}") from error
+
+
+def load_loss(place: str | None) -> Loss:
+    """Returns the loss at ``package.module:name``, for None the cross entropy of logits.
+
+    Raises:
+        ImportError: as :func:`load_model`.
+        TypeError: if what is there cannot be called.
+    """
+    loss: Any = loss_of_logits if place is None else _named(place)
+    if not callable(loss):
+        raise TypeError(
+            f"--loss {place} is a {type(loss).__name__}; name a function of an output and labels"
+        )
+    return loss  # type: ignore[no-any-return]
+
+
+def _named(place: str) -> Any:
+    module, colon, name = place.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"{place!r} is not of the form package.module:name")
+    found = importlib.import_module(module)
+    if not hasattr(found, name):
+        raise ImportError(f"module {module} has no {name!r}; it defines {_public(found)}")
+    return getattr(found, name)
+
+
+def _check_no_arguments(place: str, make: Callable[..., Any], what: str) -> None:
     try:
         signature = inspect.signature(make)
     except ValueError:  # of some built-in classes nothing is known
@@ -87,8 +138,8 @@ def _check_no_arguments(place: str, make: Callable[..., Any]) -> None:
     except TypeError as error:
         raise TypeError(
             f"{place} takes arguments ({error}); name a function without arguments that returns "
-            f"the model, such as 'def make_model(): return {make.__name__}(...)', as "
-            f"{place.partition(':')[0]}:make_model"
+            f"the {what}, such as 'def make_{what}(): return {make.__name__}(...)', as "
+            f"{place.partition(':')[0]}:make_{what}"
         ) from None
 
 
@@ -112,49 +163,35 @@ def _public(module: object) -> str:
     return ", ".join(name for name in vars(module) if not name.startswith("_")) or "nothing"
 
 
-def describe(
-    model: nn.Module, steps: int, adapt: list[str] | None, shape: tuple[int, ...] | None
-) -> Iterator[str]:
-    """Yields the lines of the report: converted layers, rates, parameters, findings."""
-    net = model
-    if any(is_batch_norm(layer) for layer in model.modules()):
-        net = convert_batchnorm(model, steps)
-    for name, layer in per_step_layers(net).items():
-        features = getattr(layer, "num_features", None)  # of a norm; others have them by name
-        what = ", ".join(layer.per_step_names) if features is None else f"{features} features"
-        yield f"per-step: '{name}', {what}, {layer.num_steps} rows"
-    lslr = LSLR(net, steps, adapt=adapt)
-    meta_opt = torch.optim.Adam([*net.parameters(), *lslr.parameters()])
-    for name, p in net.named_parameters():
-        learner = "adapted" if name in lslr.names else "outer loop alone"
-        yield f"{learner if p.requires_grad else 'frozen'}: '{name}', {tuple(p.shape)}"
-    yield f"rates: {lslr.rates.numel()}, {len(lslr.names)} tensors times {steps} steps"
-    if shape is not None:
-        _run_inner_loop(net, lslr, shape).backward()  # type: ignore[no-untyped-call]
-    for finding in check_setup(net, lslr, meta_opt):
-        if not any(part in finding for part in _OF_THE_LOOP):
-            yield finding
+def check_one_source(shape: str | None, batch: str | None, loss: str | None) -> None:
+    """Says what is wrong if inputs come from two sources, or a loss without a batch.
 
-
-def _run_inner_loop(net: nn.Module, lslr: LSLR, shape: tuple[int, ...]) -> Tensor:
-    x = torch.randn(8, *shape)
-    params: dict[str, Tensor] = dict(net.named_parameters())
-    losses = []
-    for step in inner_steps(net, lslr.num_steps):
-        wanted = {name: params[name] for name in lslr.names}
-        output = functional_call(net, params, x)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"the model returned a {type(output).__name__}, --shape needs one that returns a "
-                "tensor; leave --shape out, or name a wrapper that returns the logits alone"
-            )
-        support_loss = output.square().mean()
-        grads = torch.autograd.grad(
-            support_loss, [*wanted.values()], create_graph=True, allow_unused=True
+    Raises:
+        ValueError: if so.
+    """
+    if shape is not None and batch is not None:
+        raise ValueError(
+            f"--shape {shape} makes noise and --batch {batch} makes a batch; leave one of them out"
         )
-        params = lslr.update(params, dict(zip(wanted, grads, strict=True)), step)
-        losses.append(functional_call(net, params, x).square().mean())
-    return torch.stack(losses).mean()
+    if loss is not None and batch is None:
+        raise ValueError(
+            f"--loss {loss} needs labels, which only --batch has; name the function of a batch"
+        )
+
+
+def make_trial(shape: str | None, batch: str | None, loss: str | None) -> Trial | None:
+    """Returns what to try an inner loop on: noise, the first task of a batch, or nothing.
+
+    Raises:
+        ImportError: if there is no such module or name.
+        TypeError: if a name is of something else.
+        ValueError: if the flags contradict each other, or are of another form.
+    """
+    check_one_source(shape, batch, loss)
+    if batch is not None:
+        return Trial(load_batch(batch).single().batch(), load_loss(loss))
+    sizes = read_shape(shape)
+    return None if sizes is None else noise_of(sizes)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,8 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     flags = parser.parse_args(given)
     try:
-        model, shape = load_model(flags.model), read_shape(flags.shape)
-        lines = list(describe(model, flags.steps, flags.adapt, shape))
+        model, trial = load_model(flags.model), make_trial(flags.shape, flags.batch, flags.loss)
+        lines = list(describe(model, flags.steps, flags.adapt, trial))
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     sys.stdout.write("\n".join(lines) + "\n")

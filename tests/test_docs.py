@@ -21,6 +21,7 @@ from torch import nn
 import error_messages
 import mamlpp_ext as mpp
 from error_tables import every_table
+from mamlpp_ext.check_setup.model import describe, noise_of
 from mamlpp_ext.integrations import higher, torchopt
 from test_main import MODELS
 
@@ -184,6 +185,7 @@ def findings() -> list[str]:
             run_epochs=5,
         ),
         *unsound(),
+        *describe(nn.Sequential(nn.Linear(3, 2), nn.Hardsigmoid()), 2, None, noise_of((3,))),
         *mpp.check_setup(nn.Identity(), lslr, multi_step_loss=mpp.MultiStepLoss(3, 0)),
     ]
 

@@ -134,7 +134,7 @@ OUTSIDE: dict[str, Row] = {
         ("--shape", "at least 1", "got '3x4'", "such as 1,28,28"),
     ),
     "command, two outputs": (
-        lambda n: list(command.describe(Pair(), 3, None, (3,))),
+        lambda n: list(command.describe(Pair(), 3, None, command.noise_of((3,)))),
         TypeError,
         ("returned a tuple", "leave --shape out", "wrapper"),
     ),

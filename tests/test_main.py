@@ -12,6 +12,7 @@ from mamlpp_ext.__main__ import main, script
 
 ROOT = Path(__file__).parents[1]
 MODELS = """
+import torch
 from torch import nn
 
 def make_model():
@@ -50,6 +51,29 @@ class TwoNames(nn.Module):
     def forward(self, x):
         return self.head(self.features(x))
 
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.spare = nn.EmbeddingBag(7, 4), nn.Linear(2, 2)
+        self.inner, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, ids, mask):
+        output = self.head((self.inner(ids) * mask[..., None]).mean(1))
+        return {"logits": output, "squared": self.spare(output[:, :2])}
+
+class Summed(Tokens):
+    def forward(self, ids, mask):
+        return self.head(self.inner(ids).mean(1) + self.words(ids))
+
+def batch():
+    x = {"ids": torch.randint(7, (2, 3, 5)), "mask": torch.ones(2, 3, 5)}
+    labels = torch.arange(3).expand(2, 3)
+    return x, labels, x, labels
+
+def all_of_it(output, labels):
+    return sum(t.square().mean() for t in output.values())
+
+hard = nn.Sequential(nn.Linear(3, 4), nn.Hardsigmoid(), nn.Linear(4, 2))
 ready = nn.Linear(3, 2)
 frozen = nn.Linear(3, 2).requires_grad_(False)
 number = 3
@@ -92,6 +116,38 @@ def test_a_parameter_that_no_gradient_reaches(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("models")
+def test_a_batch_and_a_loss_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """By default the loss is of the logits, which nothing of what is spare takes part in."""
+    words = ["check", "my_models:Tokens", "--batch=my_models:batch"]
+    assert main(words) == 1
+    unreached = "problem: no gradient reaches 'words.weight', 'spare.weight', 'spare.bias'"
+    assert unreached in capsys.readouterr().out
+    assert main([*words, "--loss=my_models:all_of_it"]) == 1
+    assert "problem: no gradient reaches 'words.weight';" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["my_models:hard", "--shape=3"], "use F.relu6(x + 3) / 6 in its place"),
+        (["my_models:Summed", "--batch=my_models:batch"], "use F.embedding(...).mean(1) in its"),
+    ],
+)
+def test_what_has_no_second_derivative_is_a_problem(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And in first order it is seen that gradients reach all that they should."""
+    assert main(["check", *arguments]) == 1
+    (problem, *others) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("problem:")
+    ]
+    assert problem.startswith("problem: an inner loop runs in first order alone: torch has no")
+    assert said in problem
+    assert not any("words" in other or "Linear" in other for other in others)
+
+
+@pytest.mark.usefixtures("models")
 def test_a_module_under_two_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "my_models:TwoNames", "--shape=3"]) == 0
     assert "problem:" not in capsys.readouterr().out
@@ -103,7 +159,7 @@ def test_a_module_under_two_names(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["my_models"], "'my_models' is not of the form package.module:name"),
         (["my_modelz:ready"], "No module named 'my_modelz'"),
-        (["my_models:redy"], "module my_models has no 'redy'; it defines nn, make_model"),
+        (["my_models:redy"], "module my_models has no 'redy'; it defines torch, nn, make_model"),
         (["my_models:number"], "gave a int; name a torch.nn.Module"),
         (
             ["my_models:Sized"],
@@ -118,6 +174,10 @@ def test_a_module_under_two_names(capsys: pytest.CaptureFixture[str]) -> None:
         (["my_models:ready", "--shape=0"], "at least 1 with commas between, got '0'"),
         (["my_models:Pair", "--shape=3"], "the model returned a tuple, --shape needs one"),
         (["my_models:ready", "--shape=4"], "shapes cannot be multiplied"),
+        (["my_models:Tokens", "--shape=5"], "the model does not take noise [8, 5], as --shape has"),
+        (["my_models:Tokens", "--batch=my_models:bath"], "module my_models has no 'bath'"),
+        (["my_models:ready", "--batch=my_models:batch"], "does not take the x_support of --batch"),
+        (["my_models:ready", "--loss=my_models:batch"], "needs labels, which only --batch has"),
     ],
 )
 def test_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

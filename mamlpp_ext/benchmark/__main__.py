@@ -2,8 +2,8 @@
 
 Times a meta-iteration of plain MAML and of MAML++ in a bare torch loop, in higher and torchopt
 where they are installed, and in task_batch_loss, plainly, with rematerialisation and on a GPU as a
-CUDA graph, on noise. All take turns, so that ratios are of neighbours in time. Peak memory is
-measured in a process of its own for each.
+CUDA graph, on noise or on a batch of yours. All take turns, so that ratios are of neighbours in
+time. Peak memory is measured in a process of its own for each.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 import mamlpp_ext
-from mamlpp_ext.__main__ import read_shape
+from mamlpp_ext.__main__ import add_batch, read_shape
 from mamlpp_ext.benchmark.loops import BATCHED, LEARNERS, MetaIteration, available_loops
 from mamlpp_ext.benchmark.measure import MEGABYTE, Memory, alternate, in_fresh_process, ratio
-from mamlpp_ext.benchmark.question import Question, check_logits, memory_and_time
+from mamlpp_ext.benchmark.question import Question, memory_and_time
 from mamlpp_ext.checks import checked_count
 
 Contender = tuple[str, str]  # the learner and the loop
@@ -39,12 +39,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", help="package.module:name of a model, or of a function that returns one")
-    add("--shape", required=True, help="of one input, such as 1,28,28")
-    add("--ways", type=int, default=5, help="classes of a task (%(default)s)")
-    add("--shots", type=int, default=1, help="support examples of a class (%(default)s)")
-    add("--targets", type=int, default=1, help="target examples of a class (%(default)s)")
+    add("--shape", help="of one input of noise, such as 1,28,28")
+    add_batch(parser)
+    add("--ways", type=int, default=5, help="of noise: classes of a task (%(default)s)")
+    add("--shots", type=int, default=1, help="of noise: support examples of a class (%(default)s)")
+    add("--targets", type=int, default=1, help="of noise: target examples of a class (%(default)s)")
+    add("--tasks", type=int, default=8, help="of noise: tasks of a meta-iteration (%(default)s)")
     add("--steps", type=int, default=5, help="inner steps (%(default)s)")
-    add("--tasks", type=int, default=8, help="tasks of a meta-iteration (%(default)s)")
     add("--first-order", action="store_true", help="no derivatives of the inner gradients")
     add("--chunk-size", type=int, help="tasks that task_batch_loss takes at once (all)")
     add("--channels-last", action="store_true", help="lay model and images out channels_last")
@@ -75,10 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
             channels_last=flags.channels_last,
             device=flags.device,
             threads=flags.threads,
+            batch=flags.batch,
+            loss=flags.loss,
         )
         answer = ask(question, repeats)
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
-        parser.error(str(error))
+        parser.error(_in_flags(error))
     sys.stdout.write((json.dumps(answer, indent=1) if flags.json else table(answer)) + "\n")
     return 0
 
@@ -91,7 +94,7 @@ def ask(question: Question, repeats: int) -> dict[str, Any]:
         and bytes, or why it refused the model.
     """
     prepared = question.prepare()
-    check_logits(*prepared, question.ways)
+    question.check(prepared)
     ready: dict[Contender, MetaIteration] = {}
     refused: dict[Contender, str] = {}
     runnable = available_loops(question.device)
@@ -102,7 +105,7 @@ def ask(question: Question, repeats: int) -> dict[str, Any]:
         except Exception as error:
             if contender[1] == "bare torch":  # no loop can, and the others would only repeat it
                 raise
-            refused[contender] = str(error) or type(error).__name__
+            refused[contender] = _in_flags(error) or type(error).__name__
         else:
             ready[contender] = iteration
     _say(f"timing {len(ready)} loops in {repeats} rounds")
@@ -116,6 +119,12 @@ def ask(question: Question, repeats: int) -> dict[str, Any]:
     ]
     results += [{"learner": c[0], "loop": c[1], "refused": why} for c, why in refused.items()]
     return {"question": dataclasses.asdict(question), **environment(), "results": results}
+
+
+def _in_flags(error: Exception) -> str:
+    """Returns what an error says, with the flags for the arguments that it names."""
+    said = str(error).replace("second_order=False", "--first-order")
+    return said.replace("chunk_size=1", "--chunk-size 1")
 
 
 def _memory(question: Question, contender: Contender) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamlpp_ext.benchmark.per_task import Learner, task_loop
+from mamlpp_ext.fast_kernels import twice_differentiable
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.norm import convert_batchnorm
-from mamlpp_ext.task_batch import Batch, TaskBatchLoss
+from mamlpp_ext.task_batch import Batch, Loss, TaskBatchLoss, checked_batch
 from mamlpp_ext.torch_private import is_batch_norm
 
 GRAPH = "CUDA graph"
@@ -42,6 +43,7 @@ def make_learner(
     second_order: bool = True,
     lr: float = 0.1,
     chunk_size: int | None = None,
+    loss_fn: Loss = F.cross_entropy,
 ) -> Learner:
     """Returns plain MAML or MAML++ around a copy of ``model``, ready for a loop.
 
@@ -53,6 +55,7 @@ def make_learner(
         second_order: whether to differentiate through the inner gradients.
         lr: the inner rate, for MAML++ the one its learned rates start from.
         chunk_size: for ``task_batch_loss``.
+        loss_fn: of an output and labels.
     """
     net, plain = copy.deepcopy(model), learner == "MAML"
     normed = any(is_batch_norm(layer) for layer in net.modules())
@@ -61,7 +64,7 @@ def make_learner(
     elif normed and loop in BATCHED:  # nn.BatchNorm's meaning, in a layer that vmap can take
         net = convert_batchnorm(net, 1, extra_steps="last")
     lslr = LSLR(net, steps, lr, learnable=not plain, adapt=["*"] if plain else None)
-    return Learner(net, lslr, plain, second_order, lr, chunk_size)
+    return Learner(net, lslr, plain, second_order, lr, chunk_size, loss_fn)
 
 
 class MetaIteration:
@@ -93,13 +96,15 @@ class MetaIteration:
             loss: Tensor = self.meta_loss(*self.batch, second_order=self.learner.second_order).loss
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
-        losses = []
-        for task in zip(*self.batch, strict=True):
-            loss, cut_off = self.task_loss(*task)
-            (loss / len(self.batch[0])).backward()  # type: ignore[no-untyped-call]
-            if cut_off:
-                self._hand_over(cut_off)
-            losses.append(loss.detach())
+        losses, every = [], checked_batch(self.batch)
+        # Plain MAML's loops, too: attention has no second derivative by torch's own choice.
+        with twice_differentiable(self.learner.net, second_order=self.learner.second_order):
+            for task in every.in_chunks(1):
+                loss, cut_off = self.task_loss(*task.single().batch())
+                (loss / len(every)).backward()  # type: ignore[no-untyped-call]
+                if cut_off:
+                    self._hand_over(cut_off)
+                losses.append(loss.detach())
         return torch.stack(losses).mean()
 
     def _hand_over(self, cut_off: tuple[Tensor, ...]) -> None:
@@ -113,7 +118,7 @@ def batch_module(loop: str, learner: Learner) -> TaskBatchLoss:
     return TaskBatchLoss(
         learner.net,
         learner.lslr,
-        F.cross_entropy,
+        learner.loss_fn,
         num_steps=learner.lslr.num_steps,
         chunk_size=learner.chunk_size,
         all_step_losses=False,

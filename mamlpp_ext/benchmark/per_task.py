@@ -6,17 +6,19 @@ number of forwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mamlpp_ext.check_setup.model import arguments_of
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.steps import inner_steps
+from mamlpp_ext.task_batch import Loss
 
 
 class TaskLoss(NamedTuple):
@@ -44,6 +46,7 @@ class Learner:
         second_order: whether to differentiate through the inner gradients.
         lr: plain MAML's inner rate.
         chunk_size: how many tasks ``task_batch_loss`` takes at once; None for all.
+        loss_fn: of an output and labels.
     """
 
     net: nn.Module
@@ -52,9 +55,21 @@ class Learner:
     second_order: bool
     lr: float
     chunk_size: int | None = None
+    loss_fn: Loss = F.cross_entropy
+
+    def loss(self, model: Callable[..., Any], x: Any, labels: Any) -> Tensor:
+        """Returns the loss of a model: the net, or what stands for it."""
+        args, kwargs = arguments_of(x)
+        return self.loss_fn(model(*args, **kwargs), labels)
+
+    def loss_at(self, params: Mapping[str, Tensor], x: Any, labels: Any) -> Tensor:
+        """Returns the loss of the net with other weights."""
+        args, kwargs = arguments_of(x)
+        return self.loss_fn(functional_call(self.net, dict(params), args, kwargs), labels)
 
 
-TaskLoop = Callable[[Tensor, Tensor, Tensor, Tensor], TaskLoss]
+# Takes inputs and labels of support and target.
+TaskLoop = Callable[[Any, Any, Any, Any], TaskLoss]
 
 
 def task_loop(loop: str, learner: Learner) -> TaskLoop:
@@ -65,10 +80,10 @@ def task_loop(loop: str, learner: Learner) -> TaskLoop:
 def _bare_maml(learner: Learner) -> TaskLoop:
     net, lr = learner.net, learner.lr
 
-    def task_loss(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor) -> TaskLoss:
+    def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
         params: dict[str, Tensor] = {n: p for n, p in net.named_parameters() if p.requires_grad}
         for _ in range(learner.lslr.num_steps):
-            loss = F.cross_entropy(functional_call(net, params, xs), ys)
+            loss = learner.loss_at(params, xs, ys)
             found = torch.autograd.grad(
                 loss, list(params.values()), create_graph=learner.second_order, allow_unused=True
             )
@@ -76,7 +91,7 @@ def _bare_maml(learner: Learner) -> TaskLoop:
                 name: p if grad is None else p - lr * grad
                 for (name, p), grad in zip(params.items(), found, strict=True)
             }
-        return TaskLoss(F.cross_entropy(functional_call(net, params, xt), yt))
+        return TaskLoss(learner.loss_at(params, xt, yt))
 
     return task_loss
 
@@ -84,16 +99,16 @@ def _bare_maml(learner: Learner) -> TaskLoop:
 def _bare_maml_pp(learner: Learner) -> TaskLoop:
     net, lslr = learner.net, learner.lslr
 
-    def task_loss(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor) -> TaskLoss:
+    def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
         params: dict[str, Tensor] = dict(net.named_parameters())
         for step in inner_steps(net, lslr.num_steps, second_order=learner.second_order):
-            loss = F.cross_entropy(functional_call(net, params, xs), ys)
+            loss = learner.loss_at(params, xs, ys)
             adapted = [params[name] for name in lslr.names]
             found = torch.autograd.grad(
                 loss, adapted, create_graph=learner.second_order, allow_unused=True
             )
             params = lslr.update(params, dict(zip(lslr.names, found, strict=True)), step)
-        return TaskLoss(F.cross_entropy(functional_call(net, params, xt), yt))
+        return TaskLoss(learner.loss_at(params, xt, yt))
 
     return task_loss
 
@@ -106,13 +121,13 @@ def _higher_maml(learner: Learner) -> TaskLoop:
     # weights are handed to the initial ones.
     tracked = learner.second_order
 
-    def task_loss(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor) -> TaskLoss:
+    def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
         with higher.innerloop_ctx(
             learner.net, sgd, copy_initial_weights=False, track_higher_grads=tracked
         ) as (fnet, diffopt):
             for _ in range(learner.lslr.num_steps):
-                diffopt.step(F.cross_entropy(fnet(xs), ys))
-            loss = F.cross_entropy(fnet(xt), yt)
+                diffopt.step(learner.loss(fnet, xs, ys))
+            loss = learner.loss(fnet, xt, yt)
             return TaskLoss(loss, () if tracked else tuple(fnet.parameters()))
 
     return task_loss
@@ -123,11 +138,11 @@ def _higher_maml_pp(learner: Learner) -> TaskLoop:
 
     net, lslr = learner.net, learner.lslr
 
-    def task_loss(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor) -> TaskLoss:
+    def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
         with innerloop_ctx(net, lslr, second_order=learner.second_order) as (fnet, diffopt):
             for _ in inner_steps(fnet, lslr.num_steps):
-                diffopt.step(F.cross_entropy(fnet(xs), ys))
-            return TaskLoss(F.cross_entropy(fnet(xt), yt))
+                diffopt.step(learner.loss(fnet, xs, ys))
+            return TaskLoss(learner.loss(fnet, xt, yt))
 
     return task_loss
 
@@ -146,11 +161,11 @@ def _torchopt_objects(learner: Learner) -> TaskLoop:
     weights = torchopt.extract_state_dict(net, by="reference", with_buffers=False)
     state = torchopt.extract_state_dict(inner_opt, by="reference")
 
-    def task_loss(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor) -> TaskLoss:
+    def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
         try:
             for _ in range(learner.lslr.num_steps):
-                inner_opt.step(F.cross_entropy(net(xs), ys))
-            return TaskLoss(F.cross_entropy(net(xt), yt))
+                inner_opt.step(learner.loss(net, xs, ys))
+            return TaskLoss(learner.loss(net, xt, yt))
         finally:
             torchopt.recover_state_dict(net, weights)
             torchopt.recover_state_dict(inner_opt, state)
@@ -163,18 +178,18 @@ def _torchopt_functions(learner: Learner) -> TaskLoop:
 
     net, sgd = learner.net, torchopt.sgd(lr=learner.lr)
 
-    def task_loss(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor) -> TaskLoss:
+    def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
         names = [name for name, p in net.named_parameters() if p.requires_grad]
         params = tuple(p for p in net.parameters() if p.requires_grad)
         state = sgd.init(params)
         for _ in range(learner.lslr.num_steps):
             placed: dict[str, Tensor] = dict(zip(names, params, strict=True))
-            loss = F.cross_entropy(functional_call(net, placed, xs), ys)
+            loss = learner.loss_at(placed, xs, ys)
             grads = torch.autograd.grad(loss, params, allow_unused=True)
             updates, state = sgd.update(grads, state, inplace=False)
             params = torchopt.apply_updates(params, updates, inplace=False)
         placed = dict(zip(names, params, strict=True))
-        return TaskLoss(F.cross_entropy(functional_call(net, placed, xt), yt))
+        return TaskLoss(learner.loss_at(placed, xt, yt))
 
     return task_loss
 
@@ -184,11 +199,11 @@ def _torchopt_maml_pp(learner: Learner) -> TaskLoop:
 
     net, lslr = learner.net, learner.lslr
 
-    def task_loss(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor) -> TaskLoss:
+    def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
         with innerloop_ctx(net, lslr, second_order=learner.second_order) as inner_opt:
             for _ in inner_steps(net, lslr.num_steps):
-                inner_opt.step(F.cross_entropy(net(xs), ys))
-            return TaskLoss(F.cross_entropy(net(xt), yt))
+                inner_opt.step(learner.loss(net, xs, ys))
+            return TaskLoss(learner.loss(net, xt, yt))
 
     return task_loss
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamlpp_ext.__main__ import load_model
+from mamlpp_ext.__main__ import check_one_source, load_batch, load_loss, load_model
 from mamlpp_ext.benchmark.loops import MetaIteration, make_learner
 from mamlpp_ext.benchmark.measure import Memory, peak_bytes, stopwatch
+from mamlpp_ext.check_setup.model import Trial, check_runs
 from mamlpp_ext.checks import checked_count
-from mamlpp_ext.task_batch import Batch
+from mamlpp_ext.task_batch import Batch, Loss, checked_batch
 
 
 @dataclass(frozen=True)
@@ -21,22 +22,24 @@ class Question:
 
     Attributes:
         model: where the model is, ``package.module:name``.
-        shape: of one input.
-        ways: classes of a task.
-        shots: support examples of a class.
-        targets: target examples of a class.
+        shape: of one input of noise; empty where ``batch`` makes the inputs.
+        ways: classes of a task of noise.
+        shots: support examples of a class of noise.
+        targets: target examples of a class of noise.
         steps: inner steps.
-        tasks: tasks of a meta-iteration.
+        tasks: tasks of a meta-iteration of noise.
         second_order: whether to differentiate through the inner gradients.
         chunk_size: how many tasks ``task_batch_loss`` takes at once; None for all.
         channels_last: whether model and images are laid out channels_last.
         device: where to compute.
         threads: of torch on the CPU; None leaves them.
+        batch: where the function is that makes the tasks, ``package.module:name``; None for noise.
+        loss: where the loss is, likewise; None for the cross entropy of logits.
         seed: of the model and the data.
     """
 
     model: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = ()
     ways: int = 5
     shots: int = 1
     targets: int = 1
@@ -47,9 +50,18 @@ class Question:
     channels_last: bool = False
     device: str = "cpu"
     threads: int | None = None
+    batch: str | None = None
+    loss: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        shape = ",".join(map(str, self.shape)) or None
+        check_one_source(shape, self.batch, self.loss)
+        if shape is None and self.batch is None:
+            raise ValueError(
+                "neither --shape nor --batch is given; give the shape of one input, such as "
+                "--shape 1,28,28, or the function that makes a batch, --batch package.module:name"
+            )
         for name in ("ways", "shots", "targets", "steps", "tasks"):
             checked_count(name, getattr(self, name))
         for name in ("chunk_size", "threads"):
@@ -58,7 +70,7 @@ class Question:
         if self.channels_last and len(self.shape) != 3:
             raise ValueError(
                 f"channels_last is a layout of images [C, H, W], got inputs of shape {self.shape}; "
-                "leave it out"
+                "leave it out (a batch of your own is laid out where it is made)"
             )
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(
@@ -69,6 +81,8 @@ class Question:
     def __str__(self) -> str:
         order = "second" if self.second_order else "first"
         layout = ", channels_last" if self.channels_last else ""
+        if self.batch is not None:
+            return f"tasks of {self.batch}, {self.steps} inner steps, {order} order"
         return (
             f"{self.ways}-way {self.shots}-shot, {self.targets} targets a class, inputs "
             f"{'x'.join(map(str, self.shape))}, {self.steps} inner steps, {self.tasks} tasks, "
@@ -76,11 +90,12 @@ class Question:
         )
 
     def prepare(self) -> tuple[nn.Module, Batch]:
-        """Sets threads and seed; returns the model and the data, noise.
+        """Sets threads and seed; returns the model and the data: noise, or a batch.
 
         Raises:
-            TypeError: if the model does not return a tensor.
-            ValueError: if it returns no logits for ``ways`` classes.
+            ImportError: if there is no such model or batch.
+            TypeError: if what is there is something else.
+            ValueError: if the batch is none of tasks.
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -88,7 +103,10 @@ class Question:
         model = load_model(self.model).to(self.device).train()
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model, (*self._examples(self.shots), *self._examples(self.targets))
+        if self.batch is None:
+            return model, (*self._examples(self.shots), *self._examples(self.targets))
+        tasks = load_batch(self.batch)
+        return model, tasks.of([t.to(self.device) for t in tasks.tensors]).batch()
 
     def _examples(self, of_each_class: int) -> tuple[Tensor, Tensor]:
         labels = torch.arange(self.ways, device=self.device).repeat(of_each_class)
@@ -115,8 +133,30 @@ class Question:
             steps=self.steps,
             second_order=self.second_order,
             chunk_size=self.chunk_size,
+            loss_fn=self.loss_fn(),
         )
         return MetaIteration(loop, contender, batch)
+
+    def loss_fn(self) -> Loss:
+        """Returns the loss."""
+        return F.cross_entropy if self.batch is None else load_loss(self.loss)
+
+    def check(self, prepared: tuple[nn.Module, Batch]) -> None:
+        """Says what is wrong with a model that does not take the data, or its loss the output.
+
+        Raises:
+            TypeError: if an output is of another kind than the loss takes.
+            ValueError: if the model takes no such inputs, or returns no such outputs.
+        """
+        model, batch = prepared
+        if self.batch is None:
+            check_logits(model, batch, self.ways)
+        else:
+            check_runs(model, Trial(_first(batch), self.loss_fn()))
+
+
+def _first(batch: Batch) -> Batch:
+    return checked_batch(batch).single().batch()
 
 
 def check_logits(model: nn.Module, batch: Batch, ways: int) -> None:
@@ -124,15 +164,16 @@ def check_logits(model: nn.Module, batch: Batch, ways: int) -> None:
 
     Raises:
         TypeError: if it does not return a tensor.
-        ValueError: if the tensor is not of shape [examples, ``ways`` or more].
+        ValueError: if it takes no noise, or the tensor is not of shape [examples, ``ways`` or
+            more].
     """
-    inputs = batch[0][0]
-    with torch.no_grad():
-        logits = copy.deepcopy(model)(inputs)
+    inputs = _first(batch)[0]
+    logits = check_runs(model, Trial(_first(batch), F.cross_entropy, noise=True))
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model returned a {type(logits).__name__}, the benchmark needs logits in a "
-            "tensor; name a wrapper that returns these alone"
+            "tensor; name a wrapper that returns these alone, or give a batch of your own by "
+            "--batch"
         )
     if logits.dim() != 2 or len(logits) != len(inputs) or logits.shape[1] < ways:
         raise ValueError(

@@ -29,6 +29,7 @@ from mamlpp_ext.benchmark.question import Question, memory_and_time
 from mamlpp_ext.task_batch import module as task_batch_module
 
 MODELS = """
+import torch
 from torch import nn
 
 def conv():
@@ -46,13 +47,33 @@ normed = nn.Sequential(
 frozen = nn.Linear(3, 5).requires_grad_(False)
 narrow = nn.Linear(3, 2)
 
+hard = nn.Sequential(nn.Linear(3, 5), nn.Hardsigmoid())
+
 class Pair(nn.Linear):
     def __init__(self):
         super().__init__(3, 5)
 
     def forward(self, x):
         return super().forward(x), x
-"""
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, ids, mask):
+        if mask.dtype == torch.bool and not mask.any():  # no vmap goes through
+            raise ValueError("everything is masked")
+        words = self.words(ids) * mask[..., None]
+        return {"logits": self.head(words.mean(1)), "words": words}
+
+def sentences(examples):
+    mask = torch.rand(2, examples, 5) < 0.7
+    return {"ids": torch.randint(7, (2, examples, 5)), "mask": mask}
+
+def batch():
+    labels = torch.arange(3).expand(2, 3)
+    return sentences(3), labels, sentences(3), labels"""
 
 
 @pytest.fixture
@@ -155,6 +176,52 @@ def test_a_meta_iteration() -> None:
     assert (rates != 0.1).all()
 
 
+class Siamese(nn.Module):
+    """Two inputs, in a batch norm, and several outputs, named."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
+        both = self.norm(self.body(left)), self.norm(self.body(right))
+        near, _ = self.attention(*[torch.stack(both, 1)] * 3, need_weights=False)
+        return {"distance": (near[:, 0] - near[:, 1]).square().sum(-1), "left": both[0]}
+
+
+def contrast(output: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    apart = output["distance"] - labels["distance"]
+    return apart.square().mean() + output["left"].square().mean()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_every_loop_takes_trees(learner: str, named: bool, second_order: bool) -> None:
+    """Inputs by position or name, outputs and labels by name; attention has both orders."""
+    torch.manual_seed(0)
+    model = Siamese()
+
+    def examples(count: int) -> tuple[Any, Any]:
+        x = torch.randn(2, count, 4), torch.randn(2, count, 4)
+        labels = {"distance": torch.rand(2, count)}
+        return dict(zip(("left", "right"), x, strict=True)) if named else x, labels
+
+    batch = (*examples(8), *examples(6))
+    found = {}
+    for loop in available_loops():
+        made = make_learner(
+            model, learner, loop, steps=2, second_order=second_order, loss_fn=contrast
+        )
+        loss = MetaIteration(loop, made, batch).gradient()
+        found[loop] = loss, torch.cat([p.grad.flatten() for p in made.net.parameters()])
+    for loop, result in found.items():
+        torch.testing.assert_close(result, found["bare torch"], rtol=1e-9, atol=1e-10, msg=loop)
+    assert 1e-2 < found["bare torch"][1].abs().max() < 1e2
+
+
 def test_contenders_take_turns() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
@@ -237,6 +304,24 @@ def test_a_loop_that_refuses_the_model(capsys: pytest.CaptureFixture[str]) -> No
             assert "layer '2' (InstanceNorm1d) keeps running statistics, which vmap" in line
 
 
+@pytest.mark.usefixtures("models", "no_children")
+def test_a_batch_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["bench_models:Tokens", "--batch=bench_models:batch", "--steps=2", "--repeats=1"]
+    assert command.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tasks of bench_models:batch, 2 inner steps, second order; cpu")
+    rows = {line.split(" | ")[0] for line in lines if line.startswith("| ")}
+    assert rows == {f"| {name}" for name in ("loop", "bare torch", "higher", "torchopt")}
+    (line,) = [ln for ln in lines if ln.startswith("MAML++ in task_batch_loss was refused")]
+    assert "data-dependent control flow" in line
+    assert line.endswith("pass --chunk-size 1 to run the tasks one by one")
+
+    assert command.main([*flags, "--chunk-size=1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    measured = {(r["learner"], r["loop"]) for r in found["results"] if "refused" not in r}
+    assert measured == {(learner, loop) for learner in LEARNERS for loop in available_loops()}
+
+
 def test_table_divides_as_it_says() -> None:
     seconds = {
         ("MAML", "bare torch"): [4.0, 4.0, 4.0],
@@ -279,7 +364,7 @@ def test_only_installed_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench_models"], "required: --shape"),
+        (["bench_models"], "neither --shape nor --batch is given"),
         (["bench_models", "--shape=3"], "'bench_models' is not of the form package.module:name"),
         (["bench_models:conv", "--shape=a"], "whole numbers of at least 1 with commas between"),
         (["bench_models:conv", "--shape=1,8,8", "--ways=6"], "shape (6, 5) for 6 inputs, the"),
@@ -290,6 +375,14 @@ def test_only_installed_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         (["bench_models:conv", "--shape=1,8,8", "--repeats=0"], "--repeats must be at least 1"),
         (["bench_models:conv", "--shape=3", "--device=cuda"], "torch finds no GPU; use 'cpu', or"),
         (["bench_models:conv", "--shape=3"], "Expected 3D (unbatched) or 4D"),
+        (["bench_models:Tokens", "--shape=3"], "missing 1 required positional argument: 'mask'; g"),
+        (["bench_models:hard", "--shape=3"], "first order (--first-order), or use F.relu6(x + 3)"),
+        (["bench_models:conv", "--batch=bench_models:batch"], "does not take the x_support of --b"),
+        (["bench_models:conv", "--batch=bench_models:batch", "--shape=3"], "leave one of them out"),
+        (
+            ["bench_models:conv", "--batch=bench_models:hard"],
+            "bench_models:hard is a Sequential; name",
+        ),
     ],
 )
 def test_refuses(
