@@ -1,16 +1,17 @@
 """MAML++ in the inner loops of ``higher``.
 
 What it touches of higher 0.2.1, which is no longer maintained (``tests/integrations/test_peers.py``
-holds it): ``innerloop_ctx``, ``register_optim``, ``optim.DifferentiableOptimizer`` (its
-``__init__``, ``step``, ``_update``, ``_apply_override``, ``param_groups``, ``_grad_callback``,
-``_track_higher_grads``, ``_fmodel``, ``_group_to_param_list``), the patched module's
-``fast_params``, and what :mod:`~mamlpp_ext.integrations.twins` names.
+holds it): ``monkeypatch``, ``get_diff_optim``, ``register_optim``,
+``optim.DifferentiableOptimizer`` (its ``__init__``, ``step``, ``_update``, ``_apply_override``,
+``param_groups``, ``_grad_callback``, ``_track_higher_grads``, ``_fmodel``,
+``_group_to_param_list``), the patched module's ``fast_params``, and what
+:mod:`~mamlpp_ext.integrations.twins` names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -188,7 +189,8 @@ def innerloop_ctx(
 
     Raises:
         TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`, or higher cannot patch ``net``.
-        ValueError: if ``lslr`` was made for another model, or ``net`` is patched already.
+        ValueError: if ``lslr`` was made for another model, ``net`` is patched already, or hooks of
+            it name it as a global.
         RuntimeError: if another ``innerloop_ctx`` on ``net`` is open.
 
     Example:
@@ -212,32 +214,26 @@ def innerloop_ctx(
         steps_restored(counters),
         with_order(counters, second_order and track_higher_grads),
         twice_differentiable(net, second_order=second_order and track_higher_grads),
-        _patched(net, optimizer, track_higher_grads) as (fnet, diffopt),
     ):
+        fnet, diffopt = _patched(net, optimizer, track_higher_grads)
         copies = BufferCopies(diffopt.pairs)
         yield fnet, diffopt
         if track_higher_grads:
             copies.write_back()
 
 
-@contextmanager
 def _patched(
     net: nn.Module, optimizer: LSLROptimizer, track_higher_grads: bool
-) -> Iterator[tuple[Any, DifferentiableLSLR]]:
-    with ExitStack() as stack:
-        context = higher.innerloop_ctx(
-            net,
-            optimizer,
-            copy_initial_weights=not track_higher_grads,
-            track_higher_grads=track_higher_grads,
-        )
-        try:
-            pair = stack.enter_context(context)
-        except Exception as error:
-            raise TypeError(
-                f"higher cannot patch this {type(net).__name__} ({type(error).__name__}: "
-                f"{error}): it makes a class of its own for every layer and copies what the layer "
-                "holds, which some (compiled, scripted, abstract, distributed) do not allow; use "
-                "task_batch_loss or mamlpp_ext.integrations.torchopt, which patch nothing"
-            ) from error
-        yield pair
+) -> tuple[Any, DifferentiableLSLR]:
+    """Returns what ``higher.innerloop_ctx`` yields."""
+    tracking = {"track_higher_grads": track_higher_grads}
+    try:
+        fnet = higher.monkeypatch(net, copy_initial_weights=not track_higher_grads, **tracking)
+    except Exception as error:
+        raise TypeError(
+            f"higher cannot patch this {type(net).__name__} ({type(error).__name__}: {error}): it "
+            "makes a class of its own for every layer and copies what the layer holds, which some "
+            "(compiled, scripted, abstract, distributed) do not allow; use task_batch_loss or "
+            "mamlpp_ext.integrations.torchopt, which patch nothing"
+        ) from error
+    return fnet, higher.get_diff_optim(optimizer, net.parameters(), fmodel=fnet, **tracking)

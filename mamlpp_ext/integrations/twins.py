@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mamlpp_ext.checks import listing
 from mamlpp_ext.lslr import without_hooks
 from mamlpp_ext.norm import FusedSequential, References
 from mamlpp_ext.torch_private import forget_compiled, held, hold_parameters, hooks_of
@@ -32,6 +33,9 @@ def complete_twins(net: nn.Module, fnet: Any) -> list[tuple[nn.Module, nn.Module
 
     Returns:
         Each module of the model, once, and its twin.
+
+    Raises:
+        ValueError: if hooks or functions of the model name a module of it as a global.
     """
     pairs = _paired(net, fnet)
     references = References({id(module): twin for module, twin in pairs})
@@ -50,6 +54,13 @@ def complete_twins(net: nn.Module, fnet: Any) -> list[tuple[nn.Module, nn.Module
         if isinstance(twin, FusedSequential):
             twin.has_current_parameters = True
         _make_originals(type(twin), type(module))
+    if references.global_names:
+        raise ValueError(
+            f"hooks or functions that this {type(net).__name__} holds name a module of it as the "
+            f"global {listing(sorted(references.global_names))}, where the patched one cannot be "
+            "put; have them take the module that they are called with, or use task_batch_loss or "
+            "mamlpp_ext.integrations.torchopt, which patch nothing"
+        )
     _keep_parameters_current(type(fnet))
     return pairs
 

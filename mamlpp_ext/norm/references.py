@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dis
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from torch import nn
 
 from mamlpp_ext.torch_private import held
+
+# So many things no model holds layers among.
+_MOST = 1000
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -67,9 +71,13 @@ class References:
 
     Args:
         replaced: what stands for each module, by the module's id.
+
+    Attributes:
+        global_names: those by which functions name modules, and which stay what they are.
     """
 
     def __init__(self, replaced: dict[int, nn.Module]) -> None:
+        self.global_names: set[str] = set()
         self._replaced = replaced
         self._moved: dict[int, tuple[Any, Any]] = {}
 
@@ -78,7 +86,8 @@ class References:
         move = _MOVES.get(type(value))
         if move is None:
             return self._replaced.get(id(value), value)
-        if not value:  # most containers are empty, and this is called for every layer of a task
+        # Most containers are empty, large ones hold data, and every inner loop comes by here.
+        if not value or (isinstance(value, Sized) and len(value) > _MOST):
             return value
         if id(value) not in self._moved:
             self._moved[id(value)] = value, value  # where it is met within itself
@@ -89,6 +98,13 @@ class References:
         """Returns the values moved, and whether any has become another."""
         pairs = [(value, self.moved(value)) for value in values]
         return [new for _, new in pairs], any(new is not value for value, new in pairs)
+
+    def find_globals(self, function: FunctionType) -> None:
+        """Takes note of the modules that a function names as globals."""
+        code, known = function.__code__, function.__globals__
+        if any(id(known.get(name)) in self._replaced for name in code.co_names):
+            read = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+            self.global_names |= {name for name in read if id(known.get(name)) in self._replaced}
 
 
 def _move_values(references: References, values: Any) -> Any:
@@ -128,6 +144,7 @@ def _move_partial(references: References, old: partial[Any]) -> Any:
 
 def _move_function(references: References, old: FunctionType) -> Any:
     """Returns the function with cells of its own for the modules that it captures."""
+    references.find_globals(old)
     cells, captured = list(old.__closure__ or ()), False
     for i, cell in enumerate(cells):
         try:

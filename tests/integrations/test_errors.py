@@ -170,6 +170,11 @@ def with_scripted_layer() -> nn.Module:
         return nn.Sequential(nn.Linear(3, 4), torch.jit.script(nn.Linear(4, 2)))
 
 
+# As a script has it, whose model is a global.
+GLOBAL = nn.Linear(3, 4)
+GLOBAL.register_forward_hook(lambda module, args, output: output + GLOBAL.bias)
+
+
 NOTHING_ADAPTED = ("every gradient of inner step 1 is None", "'body.weight'", "inside of the loop")
 CONTEXTS: dict[str, Row] = {
     "higher, the model for the patched one": (
@@ -333,6 +338,12 @@ OTHER_MODELS: Table = {
         lambda n: enter_higher(n, mpp.LSLR(n, 3)),
         TypeError,
         ("higher cannot patch this Concrete", "method resolution", "use task_batch_loss"),
+    ),
+    "higher, a hook that names the model": (
+        lambda: GLOBAL,
+        lambda n: enter_higher(n, mpp.LSLR(n, 3)),
+        ValueError,
+        ("as the global 'GLOBAL'", "take the module that they are called with", "torchopt"),
     ),
     "higher, over two devices": (
         over_two_devices,

@@ -36,10 +36,16 @@ Optimizer, Meta = higher.optim.DifferentiableOptimizer, torchopt.MetaOptimizer
 # The touch, what it must take (the first arguments in order, or any of the keywords), and who
 # relies on it.
 SIGNATURES: dict[str, tuple[Callable[..., Any], str, str, str]] = {
-    "higher.innerloop_ctx": (
-        higher.innerloop_ctx,
-        "model opt",
+    "higher.monkeypatch": (
+        higher.monkeypatch,
+        "module",
         "copy_initial_weights track_higher_grads",
+        "integrations.higher.innerloop_ctx",
+    ),
+    "higher.get_diff_optim": (
+        higher.get_diff_optim,
+        "opt reference_params",
+        "fmodel track_higher_grads",
         "integrations.higher.innerloop_ctx",
     ),
     "higher.register_optim": (
