@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -193,6 +194,13 @@ def update_by_graph(net: Net) -> None:
     mpp.LSLR(net, 3).update(params, grads, 0)
 
 
+def call_without_buffers(net: Net) -> None:
+    """As a future torch may have it."""
+    other = copy.copy(net)
+    del vars(other)["_buffers"]
+    mpp.functional_call(other, {}, X)
+
+
 X = torch.zeros(2, 3, dtype=torch.float64)
 CALLS: Table = {
     "a call with another model's weights": (
@@ -224,6 +232,12 @@ CALLS: Table = {
         lambda n: mpp.functional_call(n, dict(n.named_parameters()), X),
         TypeError,
         ("DataParallel copies its own weights", "pass the model in it, its .module"),
+    ),
+    "a call of a module that holds things elsewhere": (
+        plain,
+        call_without_buffers,
+        NotImplementedError,
+        ("Sequential does not hold its buffers as modules do", "install one of those"),
     ),
     "rates of a scripted model": (
         scripted,
