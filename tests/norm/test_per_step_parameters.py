@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -285,3 +286,64 @@ def test_the_command_lists_them() -> None:
     assert "per-step: '0.norm1', weight, bias, 3 rows" in lines
     assert "outer loop alone: '0.norm1.weight', (3, 4)" in lines
     assert "adapted: '1.weight', (4, 4)" in lines
+
+
+def test_a_copy_is_not_called_when_the_original_is() -> None:
+    net = with_rows(nn.Sequential(nn.Linear(4, 4)), ["0.*"])
+    twin, seen = copy.deepcopy(net), []
+    net[0].register_forward_hook(lambda *args: seen.extend((net[0].bias.shape, twin[0].bias.shape)))
+    net(X)
+    assert seen == [(4,), (3, 4)]
+
+
+class ScaledAgain(nn.Module):
+    """A forward that computes something with its layer's weight once more in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda t: (t * self.norm.weight).tanh(), x, use_reentrant=False)
+
+
+def test_what_is_read_again_in_a_backward_is_not_the_table() -> None:
+    net = with_rows(ScaledAgain(), ["norm.weight"])
+    loss = net(X.clone().requires_grad_()).sum()
+    with pytest.raises(RuntimeError, match="called within a backward"):
+        loss.backward()
+
+
+class OwnBatchNorm(nn.Module):
+    """A layer that calls torch's kernel by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, self.weight, self.bias, True)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (OwnBatchNorm, (3, 4)),
+        (lambda: nn.LayerNorm(4), (2, 3, 4)),
+        (lambda: nn.GroupNorm(2, 4), (2, 4, 3)),
+        (lambda: nn.InstanceNorm1d(4, affine=True), (2, 4, 3)),
+    ],
+)
+def test_rows_that_are_not_contiguous(norm: Callable[[], nn.Module], shape: Any) -> None:
+    """Torch's batch norm (2.13) gives the input of [N, C] wrong gradients by such weights."""
+    net, x = with_rows(norm(), "*"), torch.randn(shape, requires_grad=True)
+    tables = {name: p.detach() for name, p in net.named_parameters()}
+    found = []
+    for own in (tables, {name: t.T.contiguous().T for name, t in tables.items()}):
+        inputs = [x, *(t.requires_grad_() for t in own.values())]
+        with mpp.at_step(net, 1):
+            output = torch.func.functional_call(net, own, (x,))
+        first = torch.autograd.grad(output.cos().sum(), inputs, create_graph=True)
+        total = sum(t.square().sum() for t in first)
+        found.append([output, *first, *torch.autograd.grad(total, inputs)])
+    torch.testing.assert_close(*found)
