@@ -72,8 +72,8 @@ def parameters_named(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Pa
     if adapted:
         raise ValueError(
             f"{listing(adapted)} of {type(module).__name__} are adapted weights instead of "
-            "parameters: the model is inside an inner loop already, or patched, or a module has two "
-            "names in it, where torch.func.functional_call leaves them; end that loop first, pass "
-            "the original model, or call mamlpp_ext.functional_call"
+            "parameters: the model is inside an inner loop already, or patched, or a module has "
+            "two names in it, where torch.func.functional_call leaves them; end that loop first, "
+            "pass the original model, or call mamlpp_ext.functional_call"
         )
     return {name: params[name] for name in names}
