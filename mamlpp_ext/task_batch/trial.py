@@ -76,32 +76,21 @@ def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks) -> Way:
         repeatable = _difference(again, each[0]) is None  # nothing else in it is drawn anew
         expected: Any = [_joined(kind) for kind in zip(*each, strict=True)]
         both = tasks.of([t[:2] for t in tasks.tensors])
-        objections: list[Exception] = []
+        objections: list[Exception | str] = []
         for way in (by_vmap, by_vmap_of_gradient):
             try:
                 different = _difference(_measured(model, settings, both, way), expected)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                objections.append(_in_our_words(error))
+                objections.append(error)
                 if isinstance(error.__cause__ or error, RuntimeError):
                     continue  # of vmap's rules
                 break
             if different is None or not repeatable:
                 return way
-            objections.append(
-                cannot_run(f"it computes something else than each alone, {different}")
-            )
-    raise objections[0]
-
-
-def _in_our_words(error: Exception) -> Exception:
-    """Returns the error of a run by vmap with what to do about it."""
-    if "pass chunk_size=1" in str(error):
-        return error
-    found = cannot_run(error)
-    found.__cause__ = error
-    return found
+            objections.append(f"it computes something else than each alone, {different}")
+    raise cannot_run(objections[0])
 
 
 def _joined(each: Sequence[list[Tensor]]) -> list[Tensor]:

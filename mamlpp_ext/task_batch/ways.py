@@ -32,17 +32,21 @@ def by_vmap(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> An
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # the kind that vmap raises
-            raise cannot_run(error) from error
+            raise cannot_run(error)  # noqa: B904 - it has the cause
 
 
-def cannot_run(reason: object) -> RuntimeError:
-    """Returns what to say where several tasks cannot be run at once."""
-    return RuntimeError(
+def cannot_run(reason: Exception | str) -> Exception:
+    """Returns what to raise where several tasks cannot be run at once."""
+    if isinstance(reason, Exception) and "pass chunk_size=1" in str(reason):
+        return reason  # it says what to do
+    found = RuntimeError(
         f"the model or its loss cannot be run for several tasks at once: {reason}".rstrip(". ")
         + ". Something in it has no right rule in torch.func.vmap, or depends on what vmap changes "
         "(strides, views that are written to, hooks of tensors, numbers taken out by .item()); "
         "pass chunk_size=1 to run the tasks one by one"
     )
+    found.__cause__ = reason if isinstance(reason, Exception) else None
+    return found
 
 
 def by_vmap_of_gradient(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:
