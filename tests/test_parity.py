@@ -36,9 +36,6 @@ KEEP = 0.75  # dropout keeps this share
 # The cases: the same nets as in equations.py, as a user would write them.
 
 
-LAYERS = (mpp.PerStepBatchNorm1d, mpp.PerStepBatchNorm2d, mpp.PerStepBatchNorm3d)
-
-
 class ConvNet(nn.Module):
     """``equations.conv_net`` for 1, 2 or 3 spatial dimensions."""
 
@@ -410,7 +407,7 @@ def differences(got: Answer, want: Answer) -> dict[str, float]:
     assert got.statistics.keys() == want.statistics.keys()
     for name, s in want.statistics.items():
         pairs[f"statistic {name}"] = (got.statistics[name], s)
-    zero = torch.zeros(())
+    zero = torch.zeros(())  # no gradient counts as one of zeros
     filled = {n: [zero if t is None else t for t in pair] for n, pair in pairs.items()}
     for name, (a, b) in filled.items():
         assert a is zero or b is zero or a.shape == b.shape, (name, a.shape, b.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,36 +44,67 @@ class BufferCopies:
     """
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-        self._places: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        self._modules: list[tuple[dict[str, Any], dict[str, Any], dict[str, _Seen]]] = []
         copies: dict[int, Tensor] = {}  # a buffer in several places is one in the copy, too
         for module, twin in pairs:
             own, theirs = held(module, "buffers"), held(twin, "buffers")
             for key, buffer in own.items():
                 if buffer is not None:
                     theirs[key] = copies.setdefault(id(buffer), theirs[key])
-            before = {key: (t, None if t is None else changes_of(t)) for key, t in theirs.items()}
-            self._places.append((own, theirs, before))
+            before = {key: _Seen.of(copy, own.get(key)) for key, copy in theirs.items()}
+            self._modules.append((own, theirs, before))
 
     def write_back(self) -> None:
-        """Does to the model's buffers what was done to the copies: those alone that changed.
+        """Does to the model's buffers what was done to the copies.
 
-        What was assigned is assigned, without its graph, and what was written to is written to: a
-        buffer that nobody changed may be part of a graph already.
+        Replaced buffers are replaced, without their graph, and those that were written to are
+        written to. Others are skipped: a write could invalidate a graph that saved them.
         """
-        for own, theirs, before in self._places:
+        for own, theirs, before in self._modules:
             for key in own.keys() - theirs.keys():
                 del own[key]
             for key, now in theirs.items():
-                copy, changes = before.get(key, (None, None))
-                if now is not copy:
+                seen = before.get(key, _Seen())
+                if now is not seen.copy:
                     own[key] = now.detach() if now is not None and now.requires_grad else now
-                elif now is not None and _was_written(now, own.get(key), changes):
+                elif now is not None and seen.was_written(own.get(key)):
                     own[key] = _written(own.get(key), now)
 
 
-def _was_written(tensor: Tensor, other: Tensor | None, changes: int | None) -> bool:
-    """Returns whether a tensor that was as ``other`` is, and as often changed, no longer is."""
-    if changes_of(tensor) != changes or other is None or tensor.layout != torch.strided:
+class _Seen(NamedTuple):
+    """A copy and its buffer as they were, and how often each had been written to."""
+
+    copy: Tensor | None = None
+    changes: int = 0
+    buffer: Tensor | None = None
+    changes_of_buffer: int = 0
+
+    @classmethod
+    def of(cls, copy: Tensor | None, buffer: Tensor | None) -> _Seen:
+        """Returns both as they are now."""
+        counts = [0 if t is None else changes_of(t) for t in (copy, buffer)]
+        return cls(copy, counts[0], buffer, counts[1])
+
+    def was_written(self, buffer: Tensor | None) -> bool:
+        """Returns whether the copy has been written to since, given the buffer as it is now."""
+        if self.copy is None:
+            return False
+        replaced = buffer is not self.buffer
+        if buffer is None or replaced or changes_of(buffer) != self.changes_of_buffer:
+            # The model itself has run, too: its buffer no longer has the copy's old value.
+            return changes_of(self.copy) != self.changes
+        return _was_written(self.copy, buffer, self.changes)
+
+
+def _was_written(tensor: Tensor, other: Tensor, changes: int) -> bool:
+    """Returns whether a tensor was written to since it had the value of ``other``.
+
+    Args:
+        tensor: the tensor.
+        other: its value then.
+        changes: how often it had been written to then.
+    """
+    if changes_of(tensor) != changes or tensor.layout != torch.strided:
         return True
     if torch.equal(tensor, other):  # else it was written to through .data, which counts no change
         return False

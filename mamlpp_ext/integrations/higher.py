@@ -1,11 +1,11 @@
 """MAML++ in the inner loops of ``higher``.
 
-What it touches of higher 0.2.1, which is no longer maintained (``tests/integrations/test_peers.py``
-holds it): ``monkeypatch``, ``get_diff_optim``, ``register_optim``,
-``optim.DifferentiableOptimizer`` (its ``__init__``, ``step``, ``_update``, ``_apply_override``,
-``param_groups``, ``_grad_callback``, ``_track_higher_grads``, ``_fmodel``,
-``_group_to_param_list``), the patched module's ``fast_params``, and what
-:mod:`~mamlpp_ext.integrations.twins` names.
+A *twin* is the patched copy that higher makes of a module; :mod:`~mamlpp_ext.integrations.twins`
+completes it. What is used of higher 0.2.1, which is no longer maintained, and which
+``tests/integrations/test_peers.py`` holds to it: ``monkeypatch``, ``get_diff_optim``,
+``register_optim``, ``optim.DifferentiableOptimizer`` (its ``__init__``, ``step``, ``_update``,
+``_apply_override``, ``param_groups``, ``_grad_callback``, ``_track_higher_grads``, ``_fmodel``,
+``_group_to_param_list``), the patched module's ``fast_params``, and what ``twins`` names.
 """
 
 from __future__ import annotations
@@ -85,9 +85,11 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         Args:
             loss: the support loss, 0-dim.
             params: the parameters to differentiate by, if there is no patched model.
-            override: settings of the parameter group, e.g. ``{"second_order": [False]}``.
-            grad_callback: applied to the list of gradients before the update.
-            **kwargs: taken for higher's sake.
+            override: settings of the parameter group, from this step on, e.g.
+                ``{"second_order": [False]}``.
+            grad_callback: applied before the update to the list of gradients, one for each of the
+                model's parameters: zeros where nothing is adapted, None where none arrived.
+            **kwargs: ignored; there because higher's own step takes them.
 
         Returns:
             The new parameters, in the order of ``module.parameters()``.
@@ -100,26 +102,29 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         """
         if override is not None:
             self._apply_override(override)
-        given = self._fmodel.fast_params if params is None and self._fmodel is not None else params
-        if given is None:
+        if params is None and self._fmodel is not None:
+            params = self._fmodel.fast_params
+        if params is None:
             raise ValueError(
                 "DifferentiableLSLR.step got params=None and has no patched model to take them "
                 "from; pass params, the list of the model's current parameters"
             )
-        fast = list(given)
-        (group,), (places,) = self.param_groups, self._group_to_param_list
-        group["params"] = [fast[place] for place in places]
+        fast = list(params)
+        (group,), (indices,) = self.param_groups, self._group_to_param_list
+        # What is adapted, at which _update, as higher's own do, finds and leaves it.
+        group["params"] = [fast[index] for index in indices]
         grads = self._grads(checked_loss(loss), group["params"])
         callback = grad_callback or self._grad_callback
         if callback is not None:  # higher hands it the gradients of all parameters
             every = [torch.zeros_like(p) for p in fast]  # 0 where nothing is adapted
-            for place, grad in zip(places, grads, strict=True):
-                every[place] = grad
+            for index, grad in zip(indices, grads, strict=True):
+                every[index] = grad
             every = list(callback(every))
-            grads = [every[place] for place in places]
+            grads = [every[index] for index in indices]
         self._update([grads])
-        for place, p in zip(places, group["params"], strict=True):
-            fast[place] = p if self._track_higher_grads else p.detach().requires_grad_()
+        for index, p in zip(indices, group["params"], strict=True):
+            learns = fast[index].requires_grad  # else it was frozen since the rates were made
+            fast[index] = p if self._track_higher_grads else p.detach().requires_grad_(learns)
         if self._fmodel is not None:
             self._fmodel.update_params(fast)
         return fast
@@ -135,21 +140,22 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
 
     def _grads(self, loss: Tensor, params: list[Tensor]) -> list[Any]:
         # higher's own step differentiates by every parameter, and without a graph of the gradients
-        # it also cuts the updated weights off the initial ones, which is not first-order MAML.
+        # it detaches the new weights, so that no meta-gradient would reach the initial ones.
         (group,) = self.param_groups
-        graph, first = group["second_order"] and self._track_higher_grads, not group["inner_step"]
-        grads = support_gradients(loss, params, create_graph=graph, first=first)
-        if first and any(grad is None for grad in grads):
-            self._check_twins_are_called(loss, grads)
+        create_graph = group["second_order"] and self._track_higher_grads
+        first = group["inner_step"] == 0
+        grads = support_gradients(loss, params, create_graph=create_graph, first=first)
+        if first and self._fmodel is not None and any(grad is None for grad in grads):
+            self._refuse_unpatched_calls(loss, grads)
         return grads
 
-    def _check_twins_are_called(self, loss: Tensor, grads: list[Tensor | None]) -> None:
+    def _refuse_unpatched_calls(self, loss: Tensor, grads: list[Tensor | None]) -> None:
         reached = graph_leaves(loss)
         every = zip(self.lslr.names, self._initial, grads, strict=True)
-        called = [name for name, p, grad in every if grad is None and id(p) in reached]
-        if called and self._fmodel is not None:
+        unpatched = [name for name, p, grad in every if grad is None and id(p) in reached]
+        if unpatched:
             raise RuntimeError(
-                f"the support loss depends on {listing(called)} of the model itself, not of the "
+                f"the support loss depends on {listing(unpatched)} of the model itself, not of the "
                 "patched one that is adapted: call fnet(x), not net(x); models that call their "
                 "layers by a reference that cannot be followed (an object that holds them) are for "
                 "mamlpp_ext.integrations.torchopt or task_batch_loss, which patch nothing"
@@ -170,11 +176,12 @@ higher.register_optim(LSLROptimizer, DifferentiableLSLR)
 def innerloop_ctx(
     net: nn.Module, lslr: LSLR, *, second_order: bool = True, track_higher_grads: bool = True
 ) -> Iterator[tuple[Any, DifferentiableLSLR]]:
-    """``higher.innerloop_ctx`` for MAML++: learned rates, both orders, statistics that survive.
+    """``higher.innerloop_ctx`` for MAML++: learned rates, first order, statistics written back.
 
     The initial weights are those of ``net`` itself, so that ``backward`` reaches them (higher's
-    ``copy_initial_weights=False``). When the context ends, buffers that the patched model changed,
-    such as running statistics, are written back to ``net``; when an exception ends it, nothing is.
+    ``copy_initial_weights=False``); its test mode copies them. When the context ends, buffers that
+    the patched model changed, such as running statistics, are written back to ``net``; when an
+    exception ends it, nothing is.
 
     Args:
         net: the model.
@@ -189,8 +196,8 @@ def innerloop_ctx(
 
     Raises:
         TypeError: if ``lslr`` is no :class:`~mamlpp_ext.LSLR`, or higher cannot patch ``net``.
-        ValueError: if ``lslr`` was made for another model, ``net`` is patched already, or hooks of
-            it name it as a global.
+        ValueError: if ``lslr`` was made for another model, ``net`` is patched already, or a hook of
+            it refers to one of its modules through a global variable.
         RuntimeError: if another ``innerloop_ctx`` on ``net`` is open.
 
     Example:
@@ -229,10 +236,12 @@ def _patched(
     tracking = {"track_higher_grads": track_higher_grads}
     try:
         fnet = higher.monkeypatch(net, copy_initial_weights=not track_higher_grads, **tracking)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise TypeError(
-            f"higher cannot patch this {type(net).__name__} ({type(error).__name__}: {error}): it "
-            "makes a class of its own for every layer and copies what the layer holds, which some "
+            f"higher cannot patch this {type(net).__name__} ({type(error).__name__}: {error}): "
+            "higher makes a class for every layer and copies what the layer holds, which some "
             "(compiled, scripted, abstract, distributed) do not allow; use task_batch_loss or "
             "mamlpp_ext.integrations.torchopt, which patch nothing"
         ) from error

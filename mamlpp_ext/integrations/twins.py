@@ -46,9 +46,9 @@ def complete_twins(net: nn.Module, fnet: Any) -> list[tuple[nn.Module, nn.Module
         for name, hooks in hooks_of(module).items():
             # Copies: hooks that are registered on the patched model end with it.
             own[name] = OrderedDict((key, references.moved(hook)) for key, hook in hooks.items())
-        if twin is not fnet:  # higher takes an nn.Sequential for none, which is empty by then
+        if twin is not fnet:  # higher tests "if root:", and an emptied nn.Sequential is false
             own["_root_ref"] = weakref.ref(fnet)
-        forget_compiled(twin)  # it is the model's own, with its weights
+        forget_compiled(twin)  # the compiled forward is of the original, and has its weights
         if "_flat_weights_names" in own:
             hold_parameters(twin, _Weights(twin))
         if isinstance(twin, FusedSequential):
@@ -78,7 +78,10 @@ def _paired(net: nn.Module, fnet: nn.Module) -> list[tuple[nn.Module, nn.Module]
 
 
 class _Weights(OrderedDict[str, Tensor]):
-    """The parameters of a recurrent layer, of which higher asks those that are computed, too."""
+    """The parameters of a recurrent layer.
+
+    higher looks up here those, too, that a parametrization computes and that are no parameters.
+    """
 
     def __init__(self, twin: nn.Module) -> None:
         super().__init__(held(twin, "parameters"))
@@ -89,7 +92,10 @@ class _Weights(OrderedDict[str, Tensor]):
 
 
 def _make_originals(patched: type[nn.Module], original: type[nn.Module]) -> None:
-    """Lets ``self.__class__(...)``, as in a slice of a ``ModuleList``, make what it says."""
+    """Lets ``self.__class__(...)``, as in a slice of a ``ModuleList``, make the original class.
+
+    higher itself makes its patched classes without arguments.
+    """
 
     def make(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs) if args or kwargs else object.__new__(cls)

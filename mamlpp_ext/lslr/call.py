@@ -13,8 +13,9 @@ from mamlpp_ext.checks import listing
 from mamlpp_ext.lslr.gradients import check_reentrant, without_hooks
 from mamlpp_ext.torch_private import flatten_tree, held
 
-# In which modes an output of a module has been looked through for what cannot be right.
-_LOOKED_AT: WeakKeyDictionary[nn.Module, set[bool]] = WeakKeyDictionary()
+# The modes (training or not) in which a module's output was searched for reentrant checkpointing:
+# once is enough, and the search goes through the whole graph.
+_SEARCHED: WeakKeyDictionary[nn.Module, set[bool]] = WeakKeyDictionary()
 
 
 def functional_call(
@@ -67,12 +68,12 @@ def functional_call(
     placed = {place: params[name] for place, name in places_of(module, params).items()}
     with without_hooks():
         output = called(module, placed, args if isinstance(args, tuple) else (args,), kwargs)
-    looked_at = _LOOKED_AT.setdefault(module, set())
-    if torch.is_grad_enabled() and module.training not in looked_at:
+    searched = _SEARCHED.setdefault(module, set())
+    if torch.is_grad_enabled() and module.training not in searched:
         for leaf in flatten_tree(output)[0]:
             if isinstance(leaf, Tensor):
                 check_reentrant(leaf)
-        looked_at.add(module.training)
+        searched.add(module.training)
     return output
 
 

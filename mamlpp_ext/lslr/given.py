@@ -21,7 +21,7 @@ def by_name(
     Args:
         names: of the adapted parameters.
         given: by name, at least these; or one for each of these, in their order.
-        what: it is, for messages.
+        what: the argument's name, for messages.
 
     Raises:
         KeyError: if a name is missing.

@@ -20,7 +20,7 @@ from mamlpp_ext.torch_private import subtract_products, transforms_active
 
 
 def check_reached(names: Sequence[str], reached: Collection[str], step: int) -> None:
-    """Says that a step adapts nothing.
+    """Raises if a step would adapt nothing.
 
     Args:
         names: what is adapted.
@@ -34,7 +34,7 @@ def check_reached(names: Sequence[str], reached: Collection[str], step: int) -> 
         raise RuntimeError(
             f"every gradient of inner step {step} is None, so that nothing would be adapted: the "
             f"support loss depends on none of {listing(list(names))} as they are at this step; "
-            "predict inside of the loop, after the step before, by the model that is adapted "
+            "compute the support loss anew in every step, by the model that is adapted "
             "(fnet(x) in higher, not net(x); functional_call(net, params, x) in a loop of your own)"
         )
 
@@ -42,7 +42,7 @@ def check_reached(names: Sequence[str], reached: Collection[str], step: int) -> 
 def check_shapes(
     names: Sequence[str], params: Mapping[str, Tensor], grads: Sequence[Tensor]
 ) -> None:
-    """Says which gradient has another shape than its parameter.
+    """Raises if a gradient has another shape than its parameter.
 
     Raises:
         ValueError: if one has: broadcasting would silently make the parameter another one.

@@ -62,7 +62,7 @@ def task_batch_loss(
     layers (dropout) draw anew for every task. Under ``torch.no_grad()`` it evaluates.
 
     The first time that a model is given, a step of two tasks is run by vmap and of each alone, and
-    has to come to the same. What vmap has no right rule for is so refused, not computed wrongly.
+    has to come to the same, or an error says so: some of vmap's rules are wrong without a word.
 
     Args:
         model: the model; its parameters are the initial weights and are not changed.
@@ -72,10 +72,9 @@ def task_batch_loss(
             a dict, for ``model(**x)``; labels may be any tree that ``torch.utils._pytree`` knows,
             or a dataclass. In such each tensor has the tasks in dimension 0, whatever follows.
         loss_fn: ``(output, labels) -> 0-dim loss`` of one task, e.g. ``F.cross_entropy``; it gets
-            the output as the model returns it. If it is
-            a module, its parameters are learned as the model's are. What it reads of the model
-            itself are the initial weights, not a task's (weight decay of the adapted ones takes a
-            loop with :meth:`LSLR.update`).
+            the output as the model returns it. If it is a module, its parameters are learned as
+            the model's are. What it reads of the model itself are the initial weights, not a task's
+            (weight decay of the adapted ones takes a loop with :meth:`LSLR.update`).
         num_steps: K, the number of inner steps.
         aggregate: from step losses [T, num_steps] to a loss for each task, [T]:
             :class:`MultiStepLoss`, or any function; None is the final step's loss. In
@@ -95,7 +94,7 @@ def task_batch_loss(
         all_step_losses: whether target losses that do not enter the meta-loss (those of weight 0
             in a :class:`MultiStepLoss`, all but the last without one) are computed too. False saves
             their forwards, which then leave no statistics either; in ``step_losses`` they are NaN.
-        process_group: processes that each have as many tasks of one meta-batch; their statistics
+        process_group: processes with equally many tasks each of one meta-batch; their statistics
             are gathered, so that each is left with those of all. None: this process alone.
         inner_loss_fn: ``(output, y_support) -> 0-dim loss`` to adapt by where it is another than
             ``loss_fn``, which then measures the targets alone; its parameters are learned, too.
@@ -105,7 +104,7 @@ def task_batch_loss(
 
     Raises:
         RuntimeError: if the model does what vmap cannot run or computes wrongly (``chunk_size=1``
-            goes without), if torch has no second derivative of it, or in
+            does not use it), if torch has no second derivative of it, or in
             ``torch.inference_mode()``.
         TypeError: if a count is not a whole number, an argument of another kind, or ``loss_fn``
             does not return a tensor.
@@ -151,7 +150,7 @@ def task_batch_loss(
 
 
 def _learned_from(tasks: Tasks, size: int, loop: TaskLoop) -> tuple[Tensor, list[Outcome]]:
-    """Returns the meta-loss, with its graph or its gradients, and what each chunk came to."""
+    """Returns the meta-loss, with its graph or its gradients, and the outcome of each chunk."""
     way = way_for(loop.model, loop.settings, tasks, size)
     done: list[Outcome] = []
 
@@ -160,7 +159,8 @@ def _learned_from(tasks: Tasks, size: int, loop: TaskLoop) -> tuple[Tensor, list
         done.append(found._replace(step_losses=found.step_losses.detach()))
         return loop.settings.loss_of_tasks(found.step_losses).mean() * (len(part) / len(tasks))
 
-    losses = map(loss_of, tasks.in_chunks(size))  # one after the other, none of them kept
+    # Not a generator, whose variables would hold the graph of the chunk before.
+    losses = map(loss_of, tasks.in_chunks(size))
     if loop.settings.chunked and torch.is_grad_enabled():
         return added_up(losses, loop.learned_from(tasks)), done
     return torch.stack(list(losses)).sum(), done
@@ -179,7 +179,7 @@ def _commit(chunks: tuple[BatchStatistics, ...]) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
-    """Says what of the model or of its surroundings rules an inner loop out."""
+    """Raises if the model, or the grad mode, rules an inner loop out."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "the inner loop needs gradients, which torch.inference_mode() rules out; evaluate "

@@ -197,3 +197,12 @@ def test_a_failure_leaves_the_buffers_as_they_were(case: str, path: str) -> None
         if case != "resized":
             assert net._buffers[name] is buffer
         torch.testing.assert_close(net._buffers[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("change", [in_place, assigned])
+def test_what_the_model_itself_did_meanwhile_stays(change: Change) -> None:
+    net = Keeping(change, torch.ones(3))
+    lslr, x = mpp.LSLR(net, STEPS), torch.randn(4, 3)
+    with mpp_higher.innerloop_ctx(net, lslr):
+        net(x)  # not the patched one
+    torch.testing.assert_close(net.kept, (0.9 + x.mean(0)))

@@ -175,7 +175,7 @@ GLOBAL = nn.Linear(3, 4)
 GLOBAL.register_forward_hook(lambda module, args, output: output + GLOBAL.bias)
 
 
-NOTHING_ADAPTED = ("every gradient of inner step 1 is None", "'body.weight'", "inside of the loop")
+NOTHING_ADAPTED = ("every gradient of inner step 1 is None", "'body.weight'", "anew in every step")
 CONTEXTS: dict[str, Row] = {
     "higher, the model for the patched one": (
         original_in_higher,
@@ -325,7 +325,7 @@ OTHER_MODELS: Table = {
         without_norm,
         predicted_before_in_a_chain,
         RuntimeError,
-        ("every gradient of inner step 1 is None", "'0.weight'", "inside of the loop"),
+        ("every gradient of inner step 1 is None", "'0.weight'", "anew in every step"),
     ),
     "higher, a layer called by an object": (
         CallsByObject,

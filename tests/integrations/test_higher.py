@@ -275,6 +275,27 @@ def test_override_of_the_order(net: nn.Module, lslr: mpp.LSLR, task: Task) -> No
     torch.testing.assert_close(gradients(net, lslr), expected)
 
 
+def test_override_to_second_order(net: nn.Module, lslr: mpp.LSLR, task: Task) -> None:
+    answers = []
+    for order, override in ((True, None), (False, {"second_order": [True]})):
+        copied, rates = copy.deepcopy((net, lslr))
+        with innerloop_ctx(copied, rates, second_order=order) as (fnet, diffopt):
+            adapt(fnet, diffopt, task, override=override).backward()
+        answers.append([p.grad for p in (*copied.parameters(), *rates.parameters())])
+    torch.testing.assert_close(*answers)
+
+
+def test_what_was_frozen_since_stays_in_test_mode(
+    net: nn.Module, lslr: mpp.LSLR, task: Task
+) -> None:
+    frozen = net.get_parameter(lslr.names[0]).requires_grad_(False)
+    with innerloop_ctx(net, lslr, track_higher_grads=False) as (fnet, diffopt):
+        adapt(fnet, diffopt, task)
+        adapted = dict(zip(dict(net.named_parameters()), fnet.fast_params, strict=True))
+    assert adapted[lslr.names[0]].equal(frozen)
+    assert not adapted[lslr.names[1]].equal(net.get_parameter(lslr.names[1]))
+
+
 def test_override_of_the_rate_is_refused(net: nn.Module, lslr: mpp.LSLR, task: Task) -> None:
     with innerloop_ctx(net, lslr) as (fnet, diffopt):
         loss = F.cross_entropy(fnet(task[0]), task[1])

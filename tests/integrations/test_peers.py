@@ -187,7 +187,7 @@ def test_torchopt_flattens_with_none_as_a_leaf() -> None:
 
 
 OURS = {"_names_of", "_places", "_check_names", "_grads", "_replace"} | {
-    "_check_twins_are_called",
+    "_refuse_unpatched_calls",
     "_initial",
     "_moved",
     "_twins",

@@ -260,7 +260,7 @@ CALLS: Table = {
         (
             "every gradient of inner step 2 is None",
             "'body.weight'",
-            "predict inside of the loop",
+            "compute the support loss anew",
             "functional_call(net, params, x)",
         ),
     ),
