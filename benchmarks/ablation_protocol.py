@@ -38,9 +38,7 @@ class Protocol:
     final_meta_lr: float = _setting(1e-5, "meta rate at the end of cosine annealing")
     epochs: int = _setting(100, "epochs, the unit of the schedules")
     iterations: int = _setting(5, "meta-iterations of an epoch")
-    minutes: float | None = _setting(
-        None, "training time in place of the iterations, on a CPU its own"
-    )
+    minutes: float | None = _setting(None, "training time (of a CPU) in place of iterations")
     multi_step_loss: int = _setting(10, "epochs of multi-step loss, where it is on")
     first_order: int = _setting(5, "first-order epochs, where derivative order is annealed")
     val_every: int = _setting(20, "epochs between validations")
