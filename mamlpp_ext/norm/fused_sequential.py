@@ -18,7 +18,10 @@ from mamlpp_ext.torch_private import (
     is_called_plainly,
     modes_active,
     only_vmap_active,
+    transforms_active,
 )
+
+_MOST_SHAPES = 1000  # that are remembered of a Sequential; images of every size are none of them
 
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (nn.Conv2d, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d)
@@ -77,20 +80,26 @@ class FusedSequential(nn.Sequential):
         return self._through(Features(input)).shown()
 
     def _through(self, features: Features) -> Features:
+        small = vars(self).setdefault("_small", set())  # shapes of inputs that no run is worth
+        shape = None if features.laid_out or transforms_active() else features.x.shape
+        if shape in small:
+            return Features(super().forward(features.x))  # type: ignore[no-untyped-call]
         layers: list[Any] = list(self)
         place = 0
         while place < len(layers):
             layer, run = layers[place], self._run_at(layers[place : place + 4])
+            nested = self._kind(layer) is FusedSequential and is_called_plainly(layer)
             computed = None if run is None else run.compute(features)
+            if nested or not (run is None or run.is_small(features.x)):
+                shape = None
             if computed is not None:
                 features, length = computed
                 place += length
                 continue
-            if self._kind(layer) is FusedSequential and is_called_plainly(layer):
-                features = layer._through(features)
-            else:
-                features = Features(layer(features.shown()))
+            features = layer._through(features) if nested else Features(layer(features.shown()))
             place += 1
+        if shape is not None and len(small) < _MOST_SHAPES:
+            small.add(shape)
         return features
 
     def _kind(self, layer: Any) -> type:
