@@ -68,11 +68,14 @@ bench: $(VENV)/.bench
 bench-pytest: $(VENV)/.bench
 	$(BIN)/python -m pytest $(or $(ARGS),$(wildcard benchmarks/test_*.py))
 
+# A process for each core, each file by one of them; more threads would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 quick: lint
-	$(BIN)/python -m pytest -q $(QUICK) $(ARGS)
+	$(PYTEST) -q $(QUICK) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
