@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.(is_gradient_checkpointing|gradient_checkpointing_enable). is deprecated:FutureWarning"
 )
 PAGE = Path(guide_diff.__file__).parent / "guides" / "transformers.md"
-MODELS = ["bert", "lora_bert"]
+MODELS = ("bert", "lora_bert")
 BY_VMAP = ("task_batch_loss", "rematerialize")
 
 
@@ -47,9 +47,10 @@ def test_few_lines_change() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_both_run(which: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = importlib.import_module(f"maml_transformers_{which}")
-    # Of five classes: by chance a fifth.
     make = getattr(sentences, model)
-    assert 0.22 < script.main(epochs=1, iterations=1, tests=10, make=make) < 1
+    # Of five classes: by chance a fifth; LoRA in a body never trained does little better.
+    least = {"bert": 0.3, "lora_bert": 0.2}[model]
+    assert least < script.main(epochs=1, iterations=1, tests=10, make=make) < 1
     assert "epoch 0: accuracy" in capsys.readouterr().out
 
 
