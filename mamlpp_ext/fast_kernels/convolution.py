@@ -131,19 +131,11 @@ class _ConvolutionBackward(QuickFunction):
     """The backward of :class:`_Convolution`; gradients that are not wanted are None."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        x: Tensor,
-        w: Tensor,
-        laid_out: Tensor,
-        how: Geometry,
-        wanted: Sequence[bool],
-    ) -> Any:
-        ctx.how = how
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, laid_out: Tensor, *how: Any) -> Any:
+        ctx.how, wanted = how
         ctx.save_for_backward(g, x, w, laid_out)
         ctx.set_materialize_grads(False)
-        return _backward(g, x, laid_out, how, wanted)
+        return _backward(g, x, laid_out, ctx.how, wanted)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:

@@ -22,15 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamlpp_ext.fast_kernels import norm_act_pool_kernels as kernels
 from mamlpp_ext.fast_kernels.batch_norm_kernels import Running
 from mamlpp_ext.fast_kernels.layout import channels_last
-from mamlpp_ext.fast_kernels.norm_act_pool_kernels import (
-    Kept,
-    Layers,
-    backward,
-    double_backward,
-    forward,
-)
+from mamlpp_ext.fast_kernels.norm_act_pool_kernels import Kept, Layers
 from mamlpp_ext.fast_kernels.normalization import batch_normalize_reference
 from mamlpp_ext.fast_kernels.quick_function import QuickFunction, all_folded
 from mamlpp_ext.torch_private import takes_closed_forms
@@ -82,7 +77,7 @@ class _NormActPool(QuickFunction):
     def forward(
         ctx: Any, x: Tensor, weight: Any, bias: Any, layers: Layers, running: Running | None
     ) -> Any:
-        kept, var = forward(x, weight, bias, layers, running)
+        kept, var = kernels.forward(x, weight, bias, layers, running)
         ctx.layers = layers
         output, p, *others = kept
         ctx.save_for_backward(x, weight, bias, output, None if p is x else p, *others)
@@ -105,7 +100,7 @@ class _NormActPool(QuickFunction):
             apply: Any = _NormActPoolBackward.apply
             grads = apply(arrived, x, weight, bias, *saved, ctx.layers)
         else:
-            grads = backward(arrived, x, weight, _kept(x, saved), ctx.layers)
+            grads = kernels.backward(arrived, x, weight, _kept(x, saved), ctx.layers)
         wanted = (True, weight is not None, bias is not None)
         return *(g if w else None for g, w in zip(grads, wanted, strict=False)), None, None
 
@@ -131,7 +126,7 @@ class _NormActPoolBackward(QuickFunction):
     @staticmethod
     def forward(ctx: Any, arrived: Tensor, x: Tensor, weight: Any, bias: Any, *how: Any) -> Any:
         *saved, ctx.layers = how
-        *grads, g = backward(arrived, x, weight, _kept(x, saved), ctx.layers)
+        *grads, g = kernels.backward(arrived, x, weight, _kept(x, saved), ctx.layers)
         ctx.save_for_backward(arrived, x, weight, bias, *saved, *grads[1:], g)
         ctx.set_materialize_grads(False)
         return tuple(grads)
@@ -146,7 +141,7 @@ class _NormActPoolBackward(QuickFunction):
                 return *_gradients(grads, cotangents, inputs), *[None] * 6
         u, v, s = cotangents
         u = torch.zeros_like(x) if u is None else u
-        to_arrived, to_x, to_weight = double_backward(
+        to_arrived, to_x, to_weight = kernels.double_backward(
             (u, v, s), x, weight, _kept(x, saved[:5]), saved[5:], ctx.layers
         )
         return to_arrived, to_x, None if weight is None else to_weight, *[None] * 7

@@ -21,8 +21,7 @@ from mamlpp_ext.torch_private import (
     transforms_active,
 )
 
-_MOST_SHAPES = 1000  # that are remembered of a Sequential; images of every size are none of them
-
+_LEAST = 1000  # values of an input for which looking for runs is worth its Python
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (nn.Conv2d, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d)
 }
@@ -75,31 +74,23 @@ class FusedSequential(nn.Sequential):
         Returns:
             What the last returns.
         """
-        if not _is_unwatched(input):
+        small = isinstance(input, Tensor) and input.numel() < _LEAST and not transforms_active()
+        if small or not _is_unwatched(input):
             return super().forward(input)  # type: ignore[no-untyped-call]
         return self._through(Features(input)).shown()
 
     def _through(self, features: Features) -> Features:
-        small = vars(self).setdefault("_small", set())  # shapes of inputs that no run is worth
-        shape = None if features.laid_out or transforms_active() else features.x.shape
-        if shape in small:
-            return Features(super().forward(features.x))  # type: ignore[no-untyped-call]
         layers: list[Any] = list(self)
         place = 0
         while place < len(layers):
             layer, run = layers[place], self._run_at(layers[place : place + 4])
-            nested = self._kind(layer) is FusedSequential and is_called_plainly(layer)
             computed = None if run is None else run.compute(features)
-            if nested or not (run is None or run.is_small(features.x)):
-                shape = None
-            if computed is not None:
-                features, length = computed
-                place += length
-                continue
-            features = layer._through(features) if nested else Features(layer(features.shown()))
-            place += 1
-        if shape is not None and len(small) < _MOST_SHAPES:
-            small.add(shape)
+            if computed is None:
+                nested = self._kind(layer) is FusedSequential and is_called_plainly(layer)
+                found = layer._through(features) if nested else Features(layer(features.shown()))
+                computed = found, 1
+            features, length = computed
+            place += length
         return features
 
     def _kind(self, layer: Any) -> type:
@@ -114,18 +105,15 @@ class FusedSequential(nn.Sequential):
         conv, norm, *others = [*layers, None][:4]
         if not self._is_torchs(conv, nn.Conv2d) or self._kind(norm) is not PerStepBatchNorm2d:
             return None
-        if not is_called_plainly(norm) or conv.padding_mode != "zeros":
+        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             return None
-        if isinstance(conv.padding, str):
+        if not is_called_plainly(norm):
             return None
         slope, pooling, length = None, None, 2
         for layer in others:
-            if slope is None and self._is_torchs(layer, nn.ReLU):
-                slope = 0.0
-            elif (
-                slope is None and self._is_torchs(layer, nn.LeakyReLU) and layer.negative_slope >= 0
-            ):
-                slope = layer.negative_slope
+            leaky = self._is_torchs(layer, nn.LeakyReLU) and layer.negative_slope >= 0
+            if slope is None and (leaky or self._is_torchs(layer, nn.ReLU)):
+                slope = layer.negative_slope if leaky else 0.0
             elif pooling is None and self._is_torchs(layer, nn.MaxPool2d) and _arguments(layer):
                 pooling = _arguments(layer)
             else:
@@ -134,8 +122,8 @@ class FusedSequential(nn.Sequential):
         return Run(conv, norm, Layers(norm.eps, slope, pooling), length)
 
     def _is_torchs(self, layer: Any, kind: type[nn.Module]) -> bool:
-        unchanged = kind.forward is _FORWARDS[kind]
-        return self._kind(layer) is kind and unchanged and is_called_plainly(layer)
+        unchanged = self._kind(layer) is kind and kind.forward is _FORWARDS[kind]
+        return unchanged and is_called_plainly(layer)
 
 
 def _is_unwatched(x: Any) -> bool:

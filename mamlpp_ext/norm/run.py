@@ -59,16 +59,6 @@ class Run(NamedTuple):
     layers: Layers
     length: int
 
-    def is_small(self, x: Tensor) -> bool:
-        """Returns whether ``x`` is too small for this to be quicker, whatever the order."""
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            return False
-        return self._geometry().shape_of_output(x, self.conv.weight).numel() < _LEAST_FIRST_ORDER
-
-    def _geometry(self) -> Geometry:
-        conv = self.conv
-        return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-
     def compute(self, features: Features) -> tuple[Features, int] | None:
         """Returns what the first of these layers return, and how many they are.
 
@@ -79,7 +69,7 @@ class Run(NamedTuple):
             return None
         if not (features.laid_out or _is_default(x)):
             return None
-        how = self._geometry()
+        how = Geometry(self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups)
         if x.is_cuda:  # what follows is torch's there
             y = convolve(x, weight, bias, how, True) if transforms_active() else None
             return None if y is None else (Features(y), 1)
