@@ -25,7 +25,7 @@ torchopt = pytest.importorskip("torchopt")
 from mamlpp_ext.integrations import higher as mpp_higher
 from mamlpp_ext.integrations import torchopt as mpp_torchopt
 
-TASKS, STEPS, WAYS, SUPPORT, TARGET = 3, 3, 3, 5, 4
+TASKS, STEPS, WAYS, SUPPORT, TARGET = 2, 3, 4, 5, 6
 EPOCH, ANNEAL_EPOCHS = 3, 8  # the middle of the annealing: no weight is at its floor
 TOLERANCE = 1e-9
 SEED = 5
