@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -15,8 +15,15 @@ from mamlpp_ext.steps import per_step_tables
 Adapt = Callable[[str], bool] | Iterable[str] | None
 
 
-def select_parameters(module: nn.Module, adapt: Adapt) -> tuple[str, ...]:
+def select_parameters(
+    module: nn.Module, adapt: Adapt, rates: Collection[nn.Parameter] = ()
+) -> tuple[str, ...]:
     """Returns the names that ``adapt`` chooses, in the order of ``named_parameters()``.
+
+    Args:
+        module: the model.
+        adapt: as :class:`LSLR` takes it.
+        rates: parameters that are no weights: those of tables that the model itself holds.
 
     Raises:
         TypeError: if ``adapt`` is none of the forms of :data:`Adapt`.
@@ -40,10 +47,12 @@ def select_parameters(module: nn.Module, adapt: Adapt) -> tuple[str, ...]:
             f"{type(module).__name__} holds adapted weights instead of parameters: patched, or "
             "inside an inner loop; pass the original model, before the loop"
         )
-    trainable = [name for name, p in module.named_parameters() if p.requires_grad]
+    others = {id(p) for p in rates}
+    weights = [(n, p) for n, p in module.named_parameters() if id(p) not in others]
+    trainable = [name for name, p in weights if p.requires_grad]
     if adapt is None:
         outer = {id(table) for table in per_step_tables(module).values()}
-        names = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in outer]
+        names = [name for name, p in weights if p.requires_grad and id(p) not in outer]
     else:
         names = chosen_names("adapt", adapt, trainable)
     if not names:

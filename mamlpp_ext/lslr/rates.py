@@ -84,7 +84,8 @@ class LSLR(nn.Module):
                 "for rates that differ write to lslr.rates.data [tensors, num_steps]"
             )
         self.lr = float(lr)
-        self.names = select_parameters(module, adapt)
+        held = [p for m in module.modules() if isinstance(m, LSLR) for p in m.parameters()]
+        self.names = select_parameters(module, adapt, held)
         chosen = dict(module.named_parameters())
         # Tensor identity is how integrations.torchopt pairs rates with an unnamed tuple of
         # parameters. In a list, where nn.Module does not register them; held by reference, so that

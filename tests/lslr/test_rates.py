@@ -294,3 +294,10 @@ def test_what_comes_after_a_missing_gradient_is_updated(net: nn.Module, lslr: mp
 @pytest.mark.parametrize("lr", [np.float32(0.5), torch.tensor(0.5), 0.5, 1])
 def test_any_number_is_a_rate(net: nn.Module, lr: Any) -> None:
     assert torch.equal(mpp.LSLR(net, 2, lr).rates, torch.full((4, 2), float(lr)))
+
+
+def test_a_table_that_the_model_holds_is_not_adapted() -> None:
+    net = nn.Sequential(nn.Linear(3, 2))
+    net.lslr = mpp.LSLR(net, 2)
+    for adapt in (None, "*"):
+        assert mpp.LSLR(net, 2, adapt=adapt).names == ("0.weight", "0.bias")
