@@ -16,7 +16,8 @@ import torch
 
 import mamlpp_ext as mpp
 from error_tables import Net, Pair, Row, Table, checked, done_to, every_table, per_step
-from mamlpp_ext import __main__ as command
+from mamlpp_ext.check_setup import model as described
+from mamlpp_ext.check_setup import named
 from mamlpp_ext.torch_private import transforms
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -109,32 +110,32 @@ OUTSIDE: dict[str, Row] = {
         ("needs a part that torch", "does not have", "use reverse mode"),
     ),
     "command, a class that takes arguments": (
-        lambda n: command.load_model("torch.nn:Linear"),
+        lambda n: named.load_model("torch.nn:Linear"),
         TypeError,
         ("torch.nn:Linear takes arguments", "'in_features'", "return Linear(...)"),
     ),
     "command, no colon": (
-        lambda n: command.load_model("my_models"),
+        lambda n: named.load_model("my_models"),
         ValueError,
         ("'my_models' is not of the form package.module:name",),
     ),
     "command, no such name": (
-        lambda n: command.load_model("math:pie"),
+        lambda n: named.load_model("math:pie"),
         ImportError,
         ("module math has no 'pie'", "it defines"),
     ),
     "command, no model": (
-        lambda n: command.load_model("math:pi"),
+        lambda n: named.load_model("math:pi"),
         TypeError,
         ("math:pi gave a float", "name a torch.nn.Module", "without arguments"),
     ),
     "command, no shape": (
-        lambda n: list(command.describe(n, 3, None, command.read_shape("3x4"))),
+        lambda n: list(described.describe(n, 3, None, named.read_shape("3x4"))),
         ValueError,
         ("--shape", "at least 1", "got '3x4'", "such as 1,28,28"),
     ),
     "command, two outputs": (
-        lambda n: list(command.describe(Pair(), 3, None, command.noise_of((3,)))),
+        lambda n: list(described.describe(Pair(), 3, None, described.noise_of((3,)))),
         TypeError,
         ("returned a tuple", "leave --shape out", "wrapper"),
     ),

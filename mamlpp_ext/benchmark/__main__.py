@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 import mamlpp_ext
-from mamlpp_ext.__main__ import add_batch, read_shape
 from mamlpp_ext.benchmark.loops import BATCHED, LEARNERS, MetaIteration, available_loops
 from mamlpp_ext.benchmark.measure import MEGABYTE, Memory, alternate, in_fresh_process, ratio
 from mamlpp_ext.benchmark.question import Question, memory_and_time
+from mamlpp_ext.check_setup.named import add_batch, read_shape
 from mamlpp_ext.checks import checked_count
 
 Contender = tuple[str, str]  # the learner and the loop

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamlpp_ext.__main__ import check_one_source, load_batch, load_loss, load_model
 from mamlpp_ext.benchmark.loops import MetaIteration, make_learner
 from mamlpp_ext.benchmark.measure import Memory, peak_bytes, stopwatch
 from mamlpp_ext.check_setup.model import Trial, check_runs
+from mamlpp_ext.check_setup.named import check_one_source, load_batch, load_loss, load_model
 from mamlpp_ext.checks import checked_count
 from mamlpp_ext.task_batch import Batch, Loss, checked_batch
 

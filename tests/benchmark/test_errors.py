@@ -18,6 +18,7 @@ import mamlpp_ext.__main__ as command
 from error_tables import Net, Pair, Row, Table, checked, done_to, per_step
 from mamlpp_ext.benchmark import measure
 from mamlpp_ext.benchmark.question import Question, check_logits
+from mamlpp_ext.check_setup import named
 from mamlpp_ext.check_setup.model import Trial, check_runs, loss_of_logits, noise_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -77,12 +78,12 @@ def batch_of(made: Any) -> Any:
 
 def load(made: Any, name: str = "make") -> Any:
     with batch_of(made):
-        return command.load_batch(f"made_here:{name}")
+        return named.load_batch(f"made_here:{name}")
 
 
 def load_loss(name: str) -> Any:
     with batch_of(None):
-        return command.load_loss(f"made_here:{name}")
+        return named.load_loss(f"made_here:{name}")
 
 
 def trial(loss: Any, *, noise: bool = False, wide: int = 3) -> Trial:

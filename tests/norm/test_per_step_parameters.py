@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import mamlpp_ext as mpp
-from mamlpp_ext.__main__ import describe
+from mamlpp_ext.check_setup.model import describe
 
 pytestmark = pytest.mark.usefixtures("float64")
 
