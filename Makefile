@@ -1,5 +1,5 @@
 # make demo   MAML against MAML++ on few-shot images; make help lists what it takes
-# make test   everything that has to pass; make quick: what to run while working
+# make test   everything that has to pass; make quick: what to run while working; make coverage
 # make test-deep   the property tests on many more random models
 # make docs   the documentation, in docs/_build
 # make ablation DATA=...   the paper's ablation, resumable
@@ -26,7 +26,7 @@ ABLATION_FLAGS = $(call flag,DATA,data) $(call flag,SIZE,size) $(call switch,FLI
 QUICK = $(addprefix tests/,norm lslr schedules fast_kernels integrations test_steps.py \
 	test_errors.py test_check_setup.py test_house.py test_checkpoint.py test_first_order.py)
 
-.PHONY: help demo test quick lint test-deep docs ablation bench bench-pytest clean
+.PHONY: help demo test coverage quick lint test-deep docs ablation bench bench-pytest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo '            ARGS="..."        further flags of docs/examples/demo.py (ARGS=--help)'
 	@echo 'make test   ruff, mypy, the direction of imports, tests and doctests; ARGS="..." goes to'
 	@echo '            pytest'
+	@echo 'make coverage   the same, and what no test reaches; refuses less than setup.cfg says'
 	@echo 'make quick  the same with the unit tests alone, under a minute, while you work'
 	@echo 'make test-deep   the property tests alone, with EXAMPLES=1000 random cases each; a failure is'
 	@echo '            kept in .hypothesis/ and tried first the next time'
@@ -73,6 +74,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test: lint
 	$(PYTEST) $(ARGS)
+
+coverage: lint
+	$(PYTEST) --cov $(ARGS)
 
 quick: lint
 	$(PYTEST) -q $(QUICK) $(ARGS)
