@@ -20,9 +20,9 @@ from mamlpp_ext.fast_kernels import (
     statistics_dtype,
 )
 from mamlpp_ext.norm.running_statistics import RunningStatistics
-from mamlpp_ext.norm.tables import current_place, spread_over_rows
+from mamlpp_ext.norm.tables import current_place
 from mamlpp_ext.steps import InnerStep
-from mamlpp_ext.torch_private import has_operators, held, transforms_active
+from mamlpp_ext.torch_private import has_operators, transforms_active
 
 # An output, and the batch mean and unbiased variance that were measured, each [C].
 Measured = tuple[Tensor, Tensor, Tensor]
@@ -215,14 +215,6 @@ class PerStepBatchNorm(RunningStatistics):
                 f"{shape[1]} in input of shape {tuple(shape)}; build it with "
                 f"num_features={shape[1]}"
             )
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Spreads the tensors of a plain BatchNorm's checkpoint over the rows, then loads."""
-        tables = {**held(self, "parameters"), **held(self, "buffers")}
-        spread_over_rows(state_dict, prefix, tables.items())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Returns the settings for ``repr``."""

@@ -12,7 +12,7 @@ from mamlpp_ext.checks import ExtraSteps
 from mamlpp_ext.fast_kernels import normalize
 from mamlpp_ext.norm.made_class import Made, made_class
 from mamlpp_ext.norm.running_statistics import RunningStatistics
-from mamlpp_ext.norm.tables import current_place, spread_over_rows, table_of
+from mamlpp_ext.norm.tables import current_place, table_of
 from mamlpp_ext.steps import InnerStep
 from mamlpp_ext.torch_private import held
 
@@ -86,13 +86,6 @@ class PerStepInstanceNorm(Made, RunningStatistics):
         output = output if weight is None else output * weight.view(column)
         output = output if bias is None else output + bias.view(column)
         return output.to(x.dtype)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        tables = {**held(self, "parameters"), **held(self, "buffers")}
-        spread_over_rows(state_dict, prefix, tables.items())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Returns the settings for ``repr``."""

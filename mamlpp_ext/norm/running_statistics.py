@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.fast_kernels import Running
+from mamlpp_ext.norm.tables import spread_over_rows
 from mamlpp_ext.steps import InnerStep
+from mamlpp_ext.torch_private import held
 
 
 class RunningStatistics(nn.Module):
@@ -112,3 +114,11 @@ class RunningStatistics(nn.Module):
             now = table[row]  # type: ignore[index]
             now.copy_(torch.addmv(now * keep, batches.to(now).T, share.to(now)))
         self.num_batches_tracked[row].add_(n)  # type: ignore[index]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Spreads the tensors of a plain layer's checkpoint over the rows, then loads."""
+        tables = {**held(self, "parameters"), **held(self, "buffers")}
+        spread_over_rows(state_dict, prefix, tables.items())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
