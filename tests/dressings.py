@@ -265,6 +265,52 @@ class KeepsCaller(Net):
         return self.last(torch.tanh(self.body(x)))
 
 
+class CallsBoth(Net):
+    """Calls a layer itself, and by an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = Caller(self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        return self.head(hidden) + self.last(hidden)
+
+
+class CountsCalls(Net):
+    """Counts its calls in a plain attribute, and goes by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return (1 + self.calls / 10) * super().forward(x)
+
+
+class Averaging(Net):
+    """Keeps a mean of its inputs in a plain attribute, and goes by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        return super().forward(x - self.mean)
+
+
+def counted_calls(w: Weights, x: Tensor, kept: Kept) -> Tensor:
+    kept[".calls"] = kept.get(".calls", torch.zeros(())) + 1
+    return (1 + kept[".calls"] / 10) * written_out(w, x)
+
+
+def averaged(w: Weights, x: Tensor, kept: Kept) -> Tensor:
+    kept[".mean"] = 0.5 * kept.get(".mean", torch.zeros(3)) + 0.5 * x.mean(0)
+    return written_out(w, x - kept[".mean"])
+
+
 class HidesLayer(Net):
     """Holds a layer as an attribute that is not registered."""
 
@@ -599,6 +645,13 @@ DRESSES = {
         plainly,
         (("higher", "are for mamlpp_ext.integrations.torchopt or task_batch_loss"),),
     ),
+    "layer called by itself and by an object": Dress(
+        CallsBoth,
+        doubled,
+        (("higher", "are for mamlpp_ext.integrations.torchopt or task_batch_loss"),),
+    ),
+    "calls counted in a plain attribute": Dress(CountsCalls, counted_calls, BY_VMAP),
+    "mean kept in a plain attribute": Dress(Averaging, averaged, BY_VMAP),
     "layer that is not registered": Dress(HidesLayer, plainly, BY_HIGHER),
     "layer in two places": Dress(TwoNames, counted, BY_VMAP),
     "layer set to None": Dress(WithoutLayer, plainly, BY_HIGHER),

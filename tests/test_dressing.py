@@ -140,6 +140,7 @@ def by_hand(dress: Dress, order: bool) -> Found:
             found.append(F.cross_entropy(dress.forward(w, x_target, kept), y_target))
     loss = torch.stack(found).mean()
     slopes = torch.autograd.grad(loss, [*weights.values(), rates])
+    kept = {name: b for name, b in kept.items() if not name.startswith(".")}
     return {"loss": loss.detach(), **dict(zip([*weights, "rates"], slopes, strict=True)), **kept}
 
 

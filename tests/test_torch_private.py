@@ -289,11 +289,13 @@ def _defined(tree: ast.AST) -> Iterator[str]:
 # torch's own layers override it as ours do; of NamedTuple; of higher, as its adapter's docstring
 # says (tests/integrations/test_peers.py).
 ELSEWHERE = {"_load_from_state_dict", "_asdict", "_replace", "_extra_state"}
-ADAPTER_OF_HIGHER = ("integrations/higher.py", "integrations/twins.py")
+ADAPTER_OF_HIGHER = {
+    f"integrations/{name}.py" for name in ("attributes", "higher", "twins", "unpatched")
+}
 OF_HIGHER = {
     *("_apply_override", "_fmodel", "_grad_callback", "_group_to_param_list"),
     *("_refill_params_box", "_track_higher_grads", "_update", "_flat_weights_names"),
-    "_root_ref",
+    *("_root_ref", "_fast_params", "_flat_weights"),
 }
 
 

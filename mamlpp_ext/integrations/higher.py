@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.checks import check_version, checked_loss, checked_order, listing
+from mamlpp_ext.checks import check_version, checked_loss, checked_order
 from mamlpp_ext.fast_kernels import twice_differentiable
+from mamlpp_ext.integrations.attributes import AttributeCopies
 from mamlpp_ext.integrations.buffers import BufferCopies, buffers_kept_on_error
 from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.integrations.lslr_optimizer import LSLROptimizer
 from mamlpp_ext.integrations.twins import complete_twins
+from mamlpp_ext.integrations.unpatched import refuse_loss_of_unpatched, refuse_unpatched
 from mamlpp_ext.lslr import LSLR, support_gradients
 from mamlpp_ext.steps import step_counters, steps_restored, with_order
-from mamlpp_ext.torch_private import graph_leaves
 
 try:
     import higher
@@ -69,8 +70,10 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         super().__init__(other, *args, **kwargs)
         self.lslr = other.lslr
         (group,) = other.param_groups
-        self._initial = list(group["params"])
-        self.pairs = [] if self._fmodel is None else complete_twins(other.module, self._fmodel)
+        self._initial = dict(zip(self.lslr.names, group["params"], strict=True))
+        if self._fmodel is not None:
+            self.pairs, self.references = complete_twins(other.module, self._fmodel)
+            refuse_unpatched(self._fmodel, self._initial)
 
     def step(
         self,
@@ -146,20 +149,9 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         first = group["inner_step"] == 0
         grads = support_gradients(loss, params, create_graph=create_graph, first=first)
         if first and self._fmodel is not None and any(grad is None for grad in grads):
-            self._refuse_unpatched_calls(loss, grads)
+            named = zip(self._initial.items(), grads, strict=True)
+            refuse_loss_of_unpatched(loss, dict(item for item, grad in named if grad is None))
         return grads
-
-    def _refuse_unpatched_calls(self, loss: Tensor, grads: list[Tensor | None]) -> None:
-        reached = graph_leaves(loss)
-        every = zip(self.lslr.names, self._initial, grads, strict=True)
-        unpatched = [name for name, p, grad in every if grad is None and id(p) in reached]
-        if unpatched:
-            raise RuntimeError(
-                f"the support loss depends on {listing(unpatched)} of the model itself, not of the "
-                "patched one that is adapted: call fnet(x), not net(x); models that call their "
-                "layers by a reference that cannot be followed (an object that holds them) are for "
-                "mamlpp_ext.integrations.torchopt or task_batch_loss, which patch nothing"
-            )
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
         (group,), (grads,) = self.param_groups, grouped_grads
@@ -179,9 +171,9 @@ def innerloop_ctx(
     """``higher.innerloop_ctx`` for MAML++: learned rates, first order, statistics written back.
 
     The initial weights are those of ``net`` itself, so that ``backward`` reaches them (higher's
-    ``copy_initial_weights=False``); its test mode copies them. When the context ends, buffers that
-    the patched model changed, such as running statistics, are written back to ``net``; when an
-    exception ends it, nothing is.
+    ``copy_initial_weights=False``); its test mode copies them. When the context ends, what the
+    patched model changed of its buffers, such as running statistics, and of its plain attributes is
+    written back to ``net``; when an exception ends it, nothing is.
 
     Args:
         net: the model.
@@ -223,10 +215,11 @@ def innerloop_ctx(
         twice_differentiable(net, second_order=second_order and track_higher_grads),
     ):
         fnet, diffopt = _patched(net, optimizer, track_higher_grads)
-        copies = BufferCopies(diffopt.pairs)
+        copies = BufferCopies(diffopt.pairs), AttributeCopies(diffopt.pairs, diffopt.references)
         yield fnet, diffopt
         if track_higher_grads:
-            copies.write_back()
+            for kind in copies:
+                kind.write_back()
 
 
 def _patched(

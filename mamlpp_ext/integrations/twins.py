@@ -24,7 +24,9 @@ from mamlpp_ext.norm import FusedSequential, References
 from mamlpp_ext.torch_private import forget_compiled, held, hold_parameters, hooks_of
 
 
-def complete_twins(net: nn.Module, fnet: Any) -> list[tuple[nn.Module, nn.Module]]:
+def complete_twins(
+    net: nn.Module, fnet: Any
+) -> tuple[list[tuple[nn.Module, nn.Module]], References]:
     """Gives the patched model what the model has: hooks, shared layers, references to its own.
 
     Args:
@@ -32,7 +34,7 @@ def complete_twins(net: nn.Module, fnet: Any) -> list[tuple[nn.Module, nn.Module
         fnet: what higher made of it.
 
     Returns:
-        Each module of the model, once, and its twin.
+        Each module of the model, once, and its twin; and by what references were moved to these.
 
     Raises:
         ValueError: if hooks or functions of the model name a module of it as a global.
@@ -62,7 +64,7 @@ def complete_twins(net: nn.Module, fnet: Any) -> list[tuple[nn.Module, nn.Module
             "mamlpp_ext.integrations.torchopt, which patch nothing"
         )
     _keep_parameters_current(type(fnet))
-    return pairs
+    return pairs, references
 
 
 def _paired(net: nn.Module, fnet: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -99,6 +99,25 @@ class References:
         pairs = [(value, self.moved(value)) for value in values]
         return [new for _, new in pairs], any(new is not value for value, new in pairs)
 
+    def containers(self) -> list[tuple[Any, Any]]:
+        """Returns each list, set and dict that became another, and that other."""
+        return [
+            (old, new)
+            for old, new in self._moved.values()
+            if new is not old and isinstance(old, (list, set, dict))
+        ]
+
+    def reversed(self, replaced: dict[int, nn.Module]) -> References:
+        """Returns what turns all this back, and anything else that refers to what came.
+
+        Args:
+            replaced: the modules that were replaced, by the ids of what replaced them.
+        """
+        back = References(replaced)
+        changed = ((old, new) for old, new in self._moved.values() if new is not old)
+        back._moved = {id(new): (new, old) for old, new in changed}
+        return back
+
     def find_globals(self, function: FunctionType) -> None:
         """Takes note of the modules that a function names as globals."""
         code, known = function.__code__, function.__globals__

@@ -30,6 +30,7 @@ class AdaptedModel:
         initial: what the rates adapt, by name.
         adapting: the names of those that are not frozen.
         counters: of the per-step layers.
+        changed: where a forward changes it: the number of a module, and a name.
 
     Raises:
         TypeError: if ``lslr`` is no LSLR.
@@ -47,6 +48,7 @@ class AdaptedModel:
             )
         self.counters = checked_counters(model, num_steps - 1)
         self.modules = list(model.modules())
+        self.changed: list[tuple[int, str]] = []
         self.places = places_of(model, self.initial)
         self.sparse = [
             vars(layer)
@@ -124,21 +126,6 @@ class AdaptedModel:
                 "once none can leave its own behind for the next; pass chunk_size=1 to run the "
                 "tasks one by one"
             )
-
-    @contextmanager
-    def restored_buffers(self) -> Iterator[None]:
-        """Puts the buffers back as they were, values and tensors."""
-        before = [
-            (*place, None if place[2] is None else place[2].clone()) for place in self._buffers()
-        ]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for own, name, buffer, value in before:
-                    own[name] = buffer
-                    if buffer is not None:
-                        buffer.copy_(value)
 
     def learned_outside(self) -> list[Tensor]:
         """Returns the model's parameters that the outer loop alone learns."""

@@ -46,7 +46,8 @@ class TaskStep:
         self.model, self.settings, self.step = model, settings, step
         self.tasks, self.way = tasks, way
         self.mode = model.mode()
-        self.replays = [Replay(model.modules) for _ in range(2)] if settings.rematerialize else []
+        again = range(2) if settings.rematerialize else ()
+        self.replays = [Replay(model.modules, model.changed) for _ in again]
         self.places: list[tuple[nn.Module, int]] = []
         self.rebuild: Callable[[Sequence[Any]], Any] = tuple
 

@@ -10,27 +10,21 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.checks import listing
 from mamlpp_ext.fast_kernels import check_second_derivatives
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel
 from mamlpp_ext.task_batch.batch import Tasks
+from mamlpp_ext.task_batch.difference import Measured, difference
 from mamlpp_ext.task_batch.settings import Settings
+from mamlpp_ext.task_batch.state import State
 from mamlpp_ext.task_batch.step import TaskStep, Way
 from mamlpp_ext.task_batch.ways import alone, by_vmap, by_vmap_of_gradient, cannot_run
-
-# What was found of a model, for each of its modes and orders of derivatives.
-_FOUND: WeakKeyDictionary[nn.Module, dict[Any, Way]] = WeakKeyDictionary()
-
-# How far rounding may take two ways apart, as shares of a tensor's largest value and of that of all
-# (a gradient may be nothing but rounding): through kinks and a second derivative it comes to many
-# times its own size. What is wrong is wrong by half.
-_ROUNDING = {torch.float64: (1e-5, 1e-8), torch.float32: (0.03, 3e-5)}
-_COARSE = (0.3, 0.1)
 
 _DROPOUTS = (
     nn.Dropout,
@@ -41,45 +35,56 @@ _DROPOUTS = (
     nn.FeatureAlphaDropout,
 )
 
-# Losses and outputs, statistics, gradients, second derivatives.
-Measured = list[list[Tensor]]
+
+class _Found(NamedTuple):
+    """How to run several tasks, and where a forward changes the model; see State."""
+
+    way: Way
+    changed: list[tuple[int, str]]
+
+
+# What was found of a model, for each of its modes and orders of derivatives.
+_FOUND: WeakKeyDictionary[nn.Module, dict[Any, _Found]] = WeakKeyDictionary()
 
 
 def way_for(model: AdaptedModel, settings: Settings, tasks: Tasks, size: int) -> Way:
-    """Returns how to run ``size`` tasks of this model at once.
+    """Returns how to run ``size`` tasks of this model at once, and has it watch what it changes.
 
     Raises:
-        RuntimeError: if vmap cannot run it or computes something else than for each task alone, or
-            torch has no second derivative of something in it.
+        RuntimeError: if vmap cannot run it or computes something else than for each task alone, if
+            tasks go by what those before left in the model, or torch has no second derivative of
+            something in it.
     """
-    found = _FOUND.setdefault(model.model, {})
+    known = _FOUND.setdefault(model.model, {})
     functions = (settings.loss_fn, settings.inner_loss_fn)
     # Not the functions themselves: a lambda is another one in every iteration.
     codes = tuple(getattr(f, "__code__", type(f)) for f in functions)
-    key = (size > 1, settings.second_order, codes, model.mode())
-    if key not in found:
+    key = (size > 1, settings.second_order, settings.rematerialize, codes, model.mode())
+    if key not in known:
         with _left_as_it_was(model, tasks.tensors):
-            if size > 1:
-                found[key] = _tried(model, settings, tasks)
-            else:
-                if settings.second_order:  # or a derivative that torch lacks comes as its own words
-                    _measured(model, settings, tasks.of([t[:1] for t in tasks.tensors]), alone)
-                found[key] = alone
-    return found[key]
+            known[key] = (_tried if size > 1 else _tried_alone)(model, settings, tasks)
+    found = known[key]
+    model.changed = found.changed
+    return found.way
 
 
-def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks) -> Way:
-    singles = [tasks.of([t[i : i + 1] for t in tasks.tensors]) for i in range(min(len(tasks), 2))]
+def _tried_alone(model: AdaptedModel, settings: Settings, tasks: Tasks) -> _Found:
+    """Lets a derivative that torch lacks come as our own words, and finds what is left behind."""
+    start = State(model.modules)
+    if settings.second_order or settings.rematerialize:
+        _measured(model, settings, tasks.of([t[:1] for t in tasks.tensors]), alone)
+    return _Found(alone, start.changed_places())
+
+
+def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks) -> _Found:
     with _without_dropout(model.modules):
-        each = [_measured(model, settings, single, alone) for single in singles]
-        again = _measured(model, settings, singles[0], alone)
-        repeatable = _difference(again, each[0]) is None  # nothing else in it is drawn anew
-        expected: Any = [_joined(kind) for kind in zip(*each, strict=True)]
+        expected, repeatable, changed = _in_turn(model, settings, tasks)
+        model.changed = changed
         both = tasks.of([t[:2] for t in tasks.tensors])
         objections: list[Exception | str] = []
         for way in (by_vmap, by_vmap_of_gradient):
             try:
-                different = _difference(_measured(model, settings, both, way), expected)
+                different = difference(_measured(model, settings, both, way), expected)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -88,9 +93,53 @@ def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks) -> Way:
                     continue  # of vmap's rules
                 break
             if different is None or not repeatable:
-                return way
+                return _Found(way, changed)
             objections.append(f"it computes something else than each alone, {different}")
     raise cannot_run(objections[0])
+
+
+def _in_turn(
+    model: AdaptedModel, settings: Settings, tasks: Tasks
+) -> tuple[Measured, bool, list[tuple[int, str]]]:
+    """Runs two tasks one after the other, each as if it were the first.
+
+    Returns:
+        What was measured, joined; whether no number in it is drawn; what a forward changes.
+
+    Raises:
+        RuntimeError: if a task goes by what another has left in the model.
+    """
+    start, numbers = State(model.modules), _Numbers(tasks.tensors)
+
+    def run(i: int) -> Measured:
+        numbers.put_back()
+        single = tasks.of([t[i : i + 1] for t in tasks.tensors])
+        return _measured(model, settings, single, alone)
+
+    first = run(0)
+    start.put_back()
+    second = run(1)
+    # And the first after another, and after itself.
+    carried, once = run(0), State(model.modules)
+    again, twice = run(0), State(model.modules)
+    different = difference(carried, first) or difference(again, first)
+    changed = start.changed_places()
+    left = once.differences(twice)
+    if left or different:
+        raise _goes_by_others(model, left or changed)
+    expected: Any = [_joined(kind) for kind in zip(first, second, strict=True)]
+    return expected, not numbers.were_drawn(), changed
+
+
+def _goes_by_others(model: AdaptedModel, left: Sequence[tuple[int, str]]) -> Exception:
+    paths = [path for path, _ in model.model.named_modules()]
+    names = [f"{paths[layer]}.{name}".lstrip(".") for layer, name in left]
+    where = f"in {listing(names)}" if names else "outside of the model (a counter, a generator)"
+    return RuntimeError(
+        f"the forward leaves something behind {where} that the next one goes by or goes on with, "
+        "and of several tasks at once none comes after another; pass chunk_size=1 to run the tasks "
+        "one by one"
+    )
 
 
 def _joined(each: Sequence[list[Tensor]]) -> list[Tensor]:
@@ -122,36 +171,6 @@ def _measured(model: AdaptedModel, settings: Settings, tasks: Tasks, way: Way) -
     return [[t.detach()[None] if way is alone else t.detach() for t in kind] for kind in kinds]
 
 
-def _difference(found: Measured, expected: Measured) -> str | None:
-    """Says where two measurements differ by more than rounding, or None."""
-    words = ("the losses or outputs", "the statistics", "the gradients", "the second derivatives")
-    share, share_of_all = max(_rounding(t) for kind in expected for t in kind)
-    for name, ours, theirs in zip(words, found, expected, strict=True):
-        if [t.shape for t in ours] != [t.shape for t in theirs]:
-            shapes = [[tuple(t.shape) for t in kind] for kind in (ours, theirs)]
-            return f"{name} are of shapes {shapes[0]}, not {shapes[1]}"
-        largest_of_all = max((_largest(t.nan_to_num(0.0)) for t in theirs), default=0.0)
-        for a, b in zip(ours, theirs, strict=True):
-            different = (a != b) & ~(a.isnan() & b.isnan())
-            apart = _largest((a.to(torch.complex128) - b)[different])
-            largest = _largest(b.nan_to_num(0.0))
-            if not apart <= share * largest + share_of_all * largest_of_all:
-                return f"{name} are {apart:.2g} apart, the largest is {largest:.2g}"
-    return None
-
-
-def _rounding(t: Tensor) -> tuple[float, float]:
-    kind = t.device.type
-    coarse = torch.is_autocast_enabled(kind) or (t.is_cuda and torch.backends.cudnn.allow_tf32)
-    if t.dtype in _ROUNDING and (t.dtype == torch.float64 or not coarse):
-        return _ROUNDING[t.dtype]
-    return _COARSE if t.is_floating_point() or t.is_complex() else (0.0, 0.0)
-
-
-def _largest(t: Tensor) -> float:
-    return float(t.to(torch.complex128).abs().max()) if t.numel() else 0.0
-
-
 @contextmanager
 def _without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Has dropout layers leave everything, so that what else a forward does can be compared."""
@@ -166,13 +185,35 @@ def _without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
             held[name] = share
 
 
+class _Numbers:
+    """Where the generators of random numbers stand."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.devices = sorted({t.get_device() for t in tensors if t.is_cuda})
+        self._states, self._plain = self._now(), random.getstate()
+
+    def _now(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
+
+    def put_back(self) -> None:
+        """Has the same numbers drawn again."""
+        torch.set_rng_state(self._states[0])
+        for device, state in zip(self.devices, self._states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._plain)
+
+    def were_drawn(self) -> bool:
+        """Returns whether any has been drawn since."""
+        pairs = zip(self._states, self._now(), strict=True)
+        return random.getstate() != self._plain or not all(torch.equal(*pair) for pair in pairs)
+
+
 @contextmanager
 def _left_as_it_was(model: AdaptedModel, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Puts buffers and random numbers back as they were."""
-    devices = sorted({t.get_device() for t in tensors if t.is_cuda})
-    state = random.getstate()
+    """Puts back random numbers and what a forward leaves in the model."""
+    start, numbers = State(model.modules), _Numbers(tensors)
     try:
-        with torch.random.fork_rng(devices), model.restored_buffers():
-            yield
+        yield
     finally:
-        random.setstate(state)
+        start.put_back()
+        numbers.put_back()

@@ -10,6 +10,7 @@ from torch import nn
 from mamlpp_ext.torch_private.imported import imported
 
 _batchnorm = imported("torch.nn.modules.batchnorm")
+_OF_EVERY = vars(nn.Module()).keys()
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORMS = (*_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -46,6 +47,11 @@ def held(module: nn.Module, kind: Literal["parameters", "buffers", "modules"]) -
             "of those"
         )
     return own
+
+
+def plain_names(module: nn.Module) -> set[str]:
+    """Returns what the attributes are called that a module has beside those of every module."""
+    return set(vars(module)) - _OF_EVERY
 
 
 def hold_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:

@@ -63,14 +63,19 @@ def graph_names(tensor: Tensor) -> set[str]:
     return {node.name() for node in _graph([tensor])}
 
 
-def graph_leaves(tensor: Tensor) -> set[int]:
-    """Returns the ids of the tensors that a backward of this one would reach; missing: none."""
-    variables = (getattr(node, "variable", None) for node in _graph([tensor]))
+def graph_leaves(tensors: Iterable[Tensor], before: Iterable[Tensor] = ()) -> set[int]:
+    """Returns the ids of the leaves that a backward of these would reach; missing: none.
+
+    Args:
+        tensors: where it begins.
+        before: tensors that it does not pass.
+    """
+    variables = (getattr(node, "variable", None) for node in _graph(tensors, before))
     return {id(variable) for variable in variables if variable is not None}
 
 
-def _graph(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
-    seen: set[Any] = set()
+def _graph(tensors: Iterable[Tensor | None], before: Iterable[Tensor] = ()) -> Iterator[Any]:
+    seen: set[Any] = {tensor.grad_fn for tensor in before}
     stack: list[Any] = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
     while stack:
         node = stack.pop()

@@ -64,6 +64,12 @@ def wrapped(x: Tensor, dim: int, level: int) -> Tensor:
     return _functorch._add_batch_dim(x, dim, level)  # type: ignore[no-any-return]
 
 
+def is_wrapped(x: Tensor) -> bool:
+    """Returns whether it is of the inside of a transform, over or not; missing: True."""
+    ask = getattr(_functorch, "is_functorch_wrapped_tensor", None)
+    return True if ask is None else bool(ask(x))
+
+
 def vmap_info(interpreter: Any) -> Any:
     """Returns what a Function's rule for vmap is told of it."""
     return _functions.VmapInfo(interpreter.batch_size(), interpreter.randomness())

@@ -23,9 +23,9 @@ torchopt = pytest.importorskip("torchopt")
 
 from torchopt import base, pytree
 
+from mamlpp_ext.integrations import attributes, twins, unpatched
 from mamlpp_ext.integrations import higher as mpp_higher
 from mamlpp_ext.integrations import torchopt as mpp_torchopt
-from mamlpp_ext.integrations import twins
 
 
 def parameters(thing: Callable[..., Any]) -> list[str]:
@@ -187,15 +187,18 @@ def test_torchopt_flattens_with_none_as_a_leaf() -> None:
 
 
 OURS = {"_names_of", "_places", "_check_names", "_grads", "_replace"} | {
-    "_refuse_unpatched_calls",
     "_initial",
+    "_pairs",
+    "_references",
     "_moved",
     "_twins",
 }
 
 
 @pytest.mark.parametrize(
-    "adapter", [mpp_higher, twins, mpp_torchopt], ids=["higher", "twins", "torchopt"]
+    "adapter",
+    [mpp_higher, twins, attributes, unpatched, mpp_torchopt],
+    ids=["higher", "twins", "attributes", "unpatched", "torchopt"],
 )
 def test_every_touch_is_named_in_the_docstring(adapter: Any) -> None:
     """What the source reads of the peer, and every private attribute, is in the list."""

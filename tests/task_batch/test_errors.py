@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -104,6 +105,19 @@ class Counting(nn.Linear):
         return h
 
 
+class LastSeen(nn.Linear):
+    """A model that keeps in a buffer what it has seen last."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, input: Tensor) -> Tensor:
+        h = super().forward(input)
+        self.seen = h.detach().mean(0)
+        return h
+
+
 class NoSecond(nn.Sequential):
     """A model whose activation torch can differentiate once."""
 
@@ -116,11 +130,10 @@ class Changing(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(3, 4)
-        self.calls = 0
+        self.calls = itertools.count(1)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        self.calls += 1
-        return self.calls * logits.square().mean()
+        return next(self.calls) * logits.square().mean()
 
 
 TASK_BATCHES: dict[str, Row] = {
@@ -305,11 +318,17 @@ OTHER_MODELS: Table = {
         RuntimeError,
         ("it computes something else than each alone", "apart", "chunk_size=1"),
     ),
-    "a buffer that the forward assigns": (
+    "a buffer that the forward adds to": (
         Counting,
         lambda n: run(n, loss=lambda a, b: a.square().mean()),
         RuntimeError,
-        ("assigns the buffers 'calls'", "chunk_size=1"),
+        ("leaves something behind in 'calls'", "pass chunk_size=1"),
+    ),
+    "a buffer that the forward assigns": (
+        LastSeen,
+        lambda n: run(n, loss=lambda a, b: a.square().mean()),
+        RuntimeError,
+        ("assigns the buffers 'seen'", "pass chunk_size=1"),
     ),
     "no second derivative": (
         NoSecond,
@@ -323,9 +342,15 @@ OTHER_MODELS: Table = {
         RuntimeError,
         ("no second derivative", "hardsigmoid_backward", "second_order=False"),
     ),
+    "something else every time": (
+        Changing,
+        lambda n: run(n, loss=n.loss),
+        RuntimeError,
+        ("leaves something behind outside of the model", "pass chunk_size=1"),
+    ),
     "something else in the backward": (
         Changing,
-        lambda n: run(n, loss=n.loss, rematerialize=True).loss.backward(),
+        lambda n: run(n, loss=n.loss, rematerialize=True, chunk_size=1).loss.backward(),
         RuntimeError,
         ("run a step's forward again", "something else", "rematerialize=False"),
     ),
