@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.checks import listing
 from mamlpp_ext.task_batch.chunks import with_gradients
+from mamlpp_ext.task_batch.state import State, paths_of
 from mamlpp_ext.torch_private import forget_workspaces, held
 
 Compute = Callable[[Any, Any], tuple[Sequence[Tensor], Any]]
@@ -38,7 +40,8 @@ class Captured:
         rebuild: what else ``compute`` returned.
 
     Raises:
-        RuntimeError: if something in it waits for the GPU. Nothing has changed then.
+        RuntimeError: if something in it waits for the GPU, or goes by what the time before left in
+            plain attributes. Nothing has changed then.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Captured:
             return [output.detach() for output in outputs], [*grads]
 
         with torch.cuda.device(batch[0].device), _kept([*module.buffers()]):
+            _check_leaves_nothing(run, twin, [t.get_device() for t in batch[:1] if t.is_cuda])
             self.replay, (self.outputs, self.grads) = recorded(run)
 
     def __call__(self, module: nn.Module, batch: Sequence[Tensor]) -> list[Tensor]:
@@ -114,6 +118,23 @@ def check_on_one_gpu(module: nn.Module, batch: Sequence[Tensor]) -> None:
         raise ValueError(
             f"cuda_graph=True needs model, rates and batch on one GPU, got {devices}; move them "
             "there, or leave cuda_graph out"
+        )
+
+
+def _check_leaves_nothing(run: Callable[[], Any], twin: nn.Module, devices: list[int]) -> None:
+    """Raises if a run goes on with attributes: a replay is of the tensors, and assigns nothing."""
+    modules = list(twin.modules())
+    start, states = State(modules), []
+    for _ in range(2):
+        with torch.random.fork_rng(devices):  # what is drawn may be kept
+            run()
+        states.append(State(modules))
+    places = [(i, name) for i, name in states[0].differences(states[1]) if start.is_plain(i, name)]
+    start.put_back()
+    if places:
+        raise RuntimeError(
+            f"the forward goes on with what it leaves behind in {listing(paths_of(twin, places))}, "
+            "which the replay of a CUDA graph leaves out; leave cuda_graph out"
         )
 
 

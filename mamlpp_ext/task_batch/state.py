@@ -127,6 +127,10 @@ class State:
         """Returns where something else is now: the number of a module, and a name."""
         return [(place.layer, place.name) for place in self.changed(by_value=True)]
 
+    def is_plain(self, layer: int, name: str) -> bool:
+        """Returns whether a place is a plain attribute, not a buffer."""
+        return name in vars(self.modules[layer])
+
     def put_back(self) -> None:
         """Puts everything back as it was, values and tensors."""
         for place in self.changed(by_value=True):
@@ -137,6 +141,12 @@ class State:
         ours, theirs = ({k: p.then for k, p in s._places.items()} for s in (self, other))
         every = {**ours, **theirs}
         return [k for k in every if not _are_same(ours.get(k), theirs.get(k))]
+
+
+def paths_of(model: nn.Module, places: Iterable[tuple[int, str]]) -> list[str]:
+    """Returns what places of a model are called in it, as parameters are."""
+    layers = [path for path, _ in model.named_modules()]
+    return [f"{layers[layer]}.{name}".lstrip(".") for layer, name in places]
 
 
 class PutBack:

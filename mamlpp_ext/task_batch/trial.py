@@ -22,7 +22,7 @@ from mamlpp_ext.task_batch.adapted_model import AdaptedModel
 from mamlpp_ext.task_batch.batch import Tasks
 from mamlpp_ext.task_batch.difference import Measured, difference
 from mamlpp_ext.task_batch.settings import Settings
-from mamlpp_ext.task_batch.state import State
+from mamlpp_ext.task_batch.state import State, paths_of
 from mamlpp_ext.task_batch.step import TaskStep, Way
 from mamlpp_ext.task_batch.ways import alone, by_vmap, by_vmap_of_gradient, cannot_run
 
@@ -132,8 +132,7 @@ def _in_turn(
 
 
 def _goes_by_others(model: AdaptedModel, left: Sequence[tuple[int, str]]) -> Exception:
-    paths = [path for path, _ in model.model.named_modules()]
-    names = [f"{paths[layer]}.{name}".lstrip(".") for layer, name in left]
+    names = paths_of(model.model, left)
     where = f"in {listing(names)}" if names else "outside of the model (a counter, a generator)"
     return RuntimeError(
         f"the forward leaves something behind {where} that the next one goes by or goes on with, "

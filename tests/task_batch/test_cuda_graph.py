@@ -186,6 +186,27 @@ def test_capturing_changes_nothing(
     torch.testing.assert_close(dict(module.named_buffers()), before, rtol=0, atol=0)
 
 
+class Averaging(nn.Linear):
+    """A model that goes by a mean of what it has seen, kept as a plain attribute."""
+
+    mean = torch.zeros(())
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + input.detach().mean()
+        return super().forward(input - self.mean)
+
+
+def test_attributes_that_a_replay_leaves_out_are_refused(anywhere: None) -> None:
+    net = Averaging(3, 2)
+    tasks = (torch.randn(2, 4, 3), torch.randint(2, (2, 4))) * 2
+    module = make(net, mpp.LSLR(net, 3), cuda_graph=True, chunk_size=1)
+    with pytest.raises(RuntimeError, match=r"goes on with .* 'model.mean'.* leave cuda_graph out"):
+        module(*tasks)
+    assert "mean" not in vars(net)
+    make(net, mpp.LSLR(net, 3), chunk_size=1)(*tasks)
+    assert net.mean
+
+
 def test_what_was_returned_stays(case: Case, tasks: Any) -> None:
     """Losses and gradients of several calls may be kept, added up and accumulated."""
     batches = [tasks, [t.flip(0) for t in tasks]]
