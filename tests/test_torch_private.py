@@ -295,7 +295,7 @@ ADAPTER_OF_HIGHER = {
 OF_HIGHER = {
     *("_apply_override", "_fmodel", "_grad_callback", "_group_to_param_list"),
     *("_refill_params_box", "_track_higher_grads", "_update", "_flat_weights_names"),
-    *("_root_ref", "_fast_params", "_flat_weights"),
+    *("_root_ref", "_fast_params", "_flat_weights", "_param_names"),
 }
 
 

@@ -5,7 +5,7 @@ dictionary as it is. What refers to modules there (a bound method, a wrapped ``f
 layers) still means the model itself, whose weights nobody adapts.
 
 What it touches of higher: the patched module's ``update_params`` and ``_refill_params_box``, its
-layers' ``_root_ref`` and dictionaries (``_parameters``, ``_modules``, hooks), and that it asks
+layers' ``_root_ref``, ``_param_names`` and dictionaries (``_parameters``, ``_modules``, hooks), and that it asks
 ``_parameters`` for the ``_flat_weights_names`` of recurrent layers.
 """
 
@@ -114,7 +114,16 @@ def _keep_parameters_current(patched: Any) -> None:
     call, update, refill = patched.__call__, patched.update_params, patched._refill_params_box
 
     def update_all(self: Any, params: Iterable[Tensor]) -> None:
-        update(self, params)
+        try:
+            update(self, params)
+        except AttributeError as error:
+            if "_param_names" not in str(error):
+                raise
+            raise RuntimeError(
+                "the forward has made a layer that the model did not have when it was patched, so "
+                "that nobody learns it; call the model once before its rates and its optimizer are "
+                "made"
+            ) from error
         refill(self, None)
 
     def refill_all(self: Any, params: Iterable[Tensor] | None) -> None:

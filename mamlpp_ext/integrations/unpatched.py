@@ -6,20 +6,22 @@ What it touches of higher: the patched model's ``_fast_params``, all that it has
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamlpp_ext.checks import listing
-from mamlpp_ext.torch_private import flatten_tree, graph_leaves
+from mamlpp_ext.torch_private import graph_leaves
+
+_DEEPEST = 6
 
 
 def refuse_unpatched(fnet: Any, adapted: Mapping[str, Tensor]) -> None:
     """Lets each call of a patched model look whether its output depends on weights of the model.
 
     As when a layer is called by an object that holds it, where nothing can put its twin. What
-    depends on them by the inputs, or is added to the loss outside of the model, may.
+    depends on them by the inputs or by what the model was given to keep, or is added to the loss
+    outside of the model, may.
 
     Args:
         fnet: what higher made of a model.
@@ -28,16 +30,19 @@ def refuse_unpatched(fnet: Any, adapted: Mapping[str, Tensor]) -> None:
     patched: Any = type(fnet)
     call, names = patched.__call__, {id(p): name for name, p in adapted.items()}
 
-    def among(tensors: Iterable[Tensor], before: Iterable[Tensor]) -> list[str]:
-        reached = graph_leaves(tensors, before)
-        return [name for i, name in names.items() if i in reached]
+    def reached(tensors: Iterable[Tensor], before: Iterable[Tensor]) -> list[str]:
+        leaves = graph_leaves(tensors, before)
+        return [name for i, name in names.items() if i in leaves]
 
     def call_and_look(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(self, *args, **kwargs)
         every = self._fast_params or [[]]
-        if among(_tensors(output), every[-1]):  # which is little to look through
-            known = [p for params in every for p in params]
-            if found := among(_tensors(output), [*known, *_tensors((args, kwargs))]):
+        if reached(_tensors(output), every[-1]):  # which is little to look through
+            inputs = [*_tensors((args, kwargs))]
+            kept = [t for module in self.modules() for t in _tensors(vars(module))]
+            given = {names.get(id(t)) for t in inputs}
+            before = [*inputs, *kept, *(p for params in every for p in params)]
+            if found := [name for name in reached(_tensors(output), before) if name not in given]:
                 raise RuntimeError(_said(found, "output of the patched model"))
         return output
 
@@ -69,11 +74,15 @@ def _said(names: list[str], what: str) -> str:
     )
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    leaves: Iterable[Any] = (tree,) if isinstance(tree, Tensor) else flatten_tree(tree)[0]
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif is_dataclass(leaf):
-            for field in fields(leaf):
-                yield from _tensors(getattr(leaf, field.name))
+def _tensors(tree: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:
+    """Yields the tensors in an output, in containers and attributes of objects, too."""
+    if isinstance(tree, Tensor):
+        yield tree
+        return
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple, set, type({}.values()))):
+        is_object = hasattr(tree, "__dict__") and not isinstance(tree, (nn.Module, type))
+        tree = vars(tree).values() if is_object else ()
+    for each in tree if depth else ():
+        yield from _tensors(each, depth - 1)

@@ -146,10 +146,11 @@ def _move_method(references: References, method: MethodType) -> Any:
     owner = references.moved(method.__self__)
     if owner is method.__self__:
         return method
-    # What replaces it may have a forward of its own.
-    name, function = method.__name__, method.__func__
-    if getattr(type(method.__self__), name, None) is function:
-        function = getattr(type(owner), name)
+    # What replaces it may have a forward of its own, which need not be called so.
+    function = method.__func__
+    for name in (method.__name__, "forward"):
+        if getattr(type(method.__self__), name, None) is function:
+            return MethodType(getattr(type(owner), name), owner)
     return MethodType(function, owner)
 
 

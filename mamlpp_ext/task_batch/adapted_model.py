@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,8 @@ class AdaptedModel:
         initial: what the rates adapt, by name.
         adapting: the names of those that are not frozen.
         counters: of the per-step layers.
-        changed: where a forward changes it: the number of a module, and a name.
+        confirm: to be called where it has been found that torch has the second derivatives of all
+            that the model does; None if that is known.
 
     Raises:
         TypeError: if ``lslr`` is no LSLR.
@@ -48,7 +49,7 @@ class AdaptedModel:
             )
         self.counters = checked_counters(model, num_steps - 1)
         self.modules = list(model.modules())
-        self.changed: list[tuple[int, str]] = []
+        self.confirm: Callable[[], None] | None = None
         self.places = places_of(model, self.initial)
         self.sparse = [
             vars(layer)

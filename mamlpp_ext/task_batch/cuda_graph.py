@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mamlpp_ext.checks import listing
 from mamlpp_ext.task_batch.chunks import with_gradients
-from mamlpp_ext.task_batch.state import State, paths_of
+from mamlpp_ext.task_batch.contents import same
+from mamlpp_ext.task_batch.state import State, contents
 from mamlpp_ext.torch_private import forget_workspaces, held
 
 Compute = Callable[[Any, Any], tuple[Sequence[Tensor], Any]]
@@ -123,18 +124,18 @@ def check_on_one_gpu(module: nn.Module, batch: Sequence[Tensor]) -> None:
 
 def _check_leaves_nothing(run: Callable[[], Any], twin: nn.Module, devices: list[int]) -> None:
     """Raises if a run goes on with attributes: a replay is of the tensors, and assigns nothing."""
-    modules = list(twin.modules())
-    start, states = State(modules), []
+    start, found = State([*twin.modules()], every=True), []
     for _ in range(2):
         with torch.random.fork_rng(devices):  # what is drawn may be kept
             run()
-        states.append(State(modules))
-    places = [(i, name) for i, name in states[0].differences(states[1]) if start.is_plain(i, name)]
+        found.append(contents(twin))
+    buffers = {name for name, _ in twin.named_buffers(remove_duplicate=False)}  # are written to
+    left = [n for n in found[1] if n not in buffers and not same(found[0].get(n), found[1][n])]
     start.put_back()
-    if places:
+    if left:
         raise RuntimeError(
-            f"the forward goes on with what it leaves behind in {listing(paths_of(twin, places))}, "
-            "which the replay of a CUDA graph leaves out; leave cuda_graph out"
+            f"the forward goes on with what it leaves behind in {listing(left)}, which the replay "
+            "of a CUDA graph leaves out; leave cuda_graph out"
         )
 
 

@@ -15,6 +15,7 @@ from mamlpp_ext.task_batch.adapted_model import AdaptedModel, Params
 from mamlpp_ext.task_batch.batch import Tasks
 from mamlpp_ext.task_batch.chunks import differentiated, distinct
 from mamlpp_ext.task_batch.rematerialize import OutputMemory, rematerialized
+from mamlpp_ext.task_batch.replay import replayed
 from mamlpp_ext.task_batch.settings import Settings
 from mamlpp_ext.task_batch.step import TaskStep, Way
 from mamlpp_ext.task_batch.ways import alone
@@ -98,7 +99,8 @@ class TaskLoop:
             found = one_step.adapt(*inputs)  # inner gradients have no graph
         else:
             captured = self._captured_by(one_step)
-            found = rematerialized(one_step.adapt, inputs, captured, kept_in)
+            adapt = replayed(one_step.adapt, self.model.modules)
+            found = rematerialized(adapt, inputs, captured, kept_in)
         return found[: len(inputs)], placed(one_step, found[len(inputs) :])
 
     def _target(
@@ -115,10 +117,11 @@ class TaskLoop:
             found = _without_graph(one_step, inputs)
         elif self.early:
             keep = None if memory is None else memory.put
-            target = partial(one_step.target, differentiated_once=True)
-            found = differentiated(target, inputs, captured, keep)
+            once = partial(one_step.target, differentiated_once=True)
+            found = differentiated(once, inputs, captured, keep)
         elif memory is not None:
-            found = rematerialized(one_step.target, inputs, captured, kept_in)
+            target = replayed(one_step.target, self.model.modules)
+            found = rematerialized(target, inputs, captured, kept_in)
         else:
             found = one_step.target(*inputs)
         count = 1 + 2 * len(one_step.places)

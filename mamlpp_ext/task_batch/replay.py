@@ -1,40 +1,41 @@
-"""What a forward left behind in the model, for when it is run again."""
+"""Has a step that is run again meet what it met the first time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
-from mamlpp_ext.task_batch.state import Place, State
+from mamlpp_ext.task_batch.state import Place, State, copied
 
 
-class Replay:
-    """Runs a forward again with what it met the first time, and leaves no trace.
+def replayed(run: Callable[..., Any], modules: Sequence[nn.Module]) -> Callable[..., Any]:
+    """Returns the function, whose later runs meet what the first met, and leave no trace.
 
     Args:
-        modules: of the model.
-        known: where it changes the model, as far as is known; see :class:`State`.
+        run: runs forwards of a model.
+        modules: of the model, which is left as the first run leaves it.
     """
+    changed: list[Place] | None = None
 
-    def __init__(self, modules: Sequence[nn.Module], known: Sequence[tuple[int, str]]) -> None:
-        self.modules, self.known = modules, known
-        self.changed: list[Place] | None = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Runs it inside the ``with`` block: the first time, or again."""
-        if self.changed is None:
-            before = State(self.modules)
-            yield
-            self.changed = before.changed(self.known)
-            return
-        now = [Place.of(place.own, place.layer, place.name) for place in self.changed]
+    def run_or_again(*args: Any, **kwargs: Any) -> Any:
+        nonlocal changed
+        if changed is None:
+            before = State(modules)
+            found = run(*args, **kwargs)
+            changed = before.changed()
+            return found
+        now = [(place, place.own.get(place.name)) for place in changed]
+        copies: dict[int, Any] = {}
         try:
-            for place in self.changed:
-                place.put_copy()
-            yield
+            for place in changed:
+                if place.copy is not None and id(place.copy) not in copies:
+                    copies[id(place.copy)] = copied(place.copy)
+                place.put(place.value if place.copy is None else copies[id(place.copy)])
+            return run(*args, **kwargs)
         finally:
-            for place in now:
-                place.put_back()
+            for place, value in now:
+                place.put(value)
+
+    return run_or_again

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.fast_kernels import check_second_derivatives
 from mamlpp_ext.steps import BatchStatistics
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel, Params
 from mamlpp_ext.task_batch.batch import Examples, Tasks
-from mamlpp_ext.task_batch.replay import Replay
 from mamlpp_ext.task_batch.settings import Loss, Settings
 from mamlpp_ext.task_batch.trees import taken_apart
 
@@ -46,18 +45,12 @@ class TaskStep:
         self.model, self.settings, self.step = model, settings, step
         self.tasks, self.way = tasks, way
         self.mode = model.mode()
-        again = range(2) if settings.rematerialize else ()
-        self.replays = [Replay(model.modules, model.changed) for _ in again]
         self.places: list[tuple[nn.Module, int]] = []
         self.rebuild: Callable[[Sequence[Any]], Any] = tuple
 
     def adapt(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Returns the updated tensors and the statistics."""
         self._begin()
-        with self.replays[0]() if self.replays else nullcontext():
-            return self._adapt(*tensors)
-
-    def _adapt(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         adapted = dict(zip(self.model.initial, tensors, strict=True))
         tracked = torch.is_grad_enabled()
         if not tracked:  # evaluation, or a step whose graph is rebuilt later
@@ -71,16 +64,15 @@ class TaskStep:
                 losses, _, seen = self.support_losses(adapted)
                 first = self.step == 0
                 grads = self.model.gradients(losses, adapted, with_graph=order, first=first)
+                if order and self.model.confirm is not None:
+                    check_second_derivatives(grads.values())
+                    self.model.confirm()
             updated = self.model.lslr.update(adapted, grads, self.step)
         return *updated.values(), *seen
 
     def target(self, *tensors: Tensor, differentiated_once: bool = False) -> tuple[Tensor, ...]:
         """Returns the losses [T], the statistics, and the tensors of the outputs [T, Q, ...]."""
         self._begin()
-        with self.replays[1]() if self.replays else nullcontext():
-            return self._target(tensors, differentiated_once)
-
-    def _target(self, tensors: tuple[Tensor, ...], differentiated_once: bool) -> tuple[Tensor, ...]:
         updated = dict(zip(self.model.initial, tensors, strict=True))
         further = torch.is_grad_enabled() and not differentiated_once
         with self.model.at(self.step, further and self.settings.second_order):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,9 +21,10 @@ from mamlpp_ext.checks import listing
 from mamlpp_ext.fast_kernels import check_second_derivatives
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel
 from mamlpp_ext.task_batch.batch import Tasks
+from mamlpp_ext.task_batch.contents import same
 from mamlpp_ext.task_batch.difference import Measured, difference
 from mamlpp_ext.task_batch.settings import Settings
-from mamlpp_ext.task_batch.state import State, paths_of
+from mamlpp_ext.task_batch.state import State, contents
 from mamlpp_ext.task_batch.step import TaskStep, Way
 from mamlpp_ext.task_batch.ways import alone, by_vmap, by_vmap_of_gradient, cannot_run
 
@@ -36,19 +38,14 @@ _DROPOUTS = (
 )
 
 
-class _Found(NamedTuple):
-    """How to run several tasks, and where a forward changes the model; see State."""
-
-    way: Way
-    changed: list[tuple[int, str]]
-
-
 # What was found of a model, for each of its modes and orders of derivatives.
-_FOUND: WeakKeyDictionary[nn.Module, dict[Any, _Found]] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[nn.Module, dict[Any, Way]] = WeakKeyDictionary()
 
 
 def way_for(model: AdaptedModel, settings: Settings, tasks: Tasks, size: int) -> Way:
-    """Returns how to run ``size`` tasks of this model at once, and has it watch what it changes.
+    """Returns how to run ``size`` tasks of this model at once.
+
+    One alone is not tried first: a forward may leave behind what nobody can put back.
 
     Raises:
         RuntimeError: if vmap cannot run it or computes something else than for each task alone, if
@@ -59,27 +56,20 @@ def way_for(model: AdaptedModel, settings: Settings, tasks: Tasks, size: int) ->
     functions = (settings.loss_fn, settings.inner_loss_fn)
     # Not the functions themselves: a lambda is another one in every iteration.
     codes = tuple(getattr(f, "__code__", type(f)) for f in functions)
-    key = (size > 1, settings.second_order, settings.rematerialize, codes, model.mode())
+    key = (size > 1, settings.second_order, codes, model.mode())
+    if key not in known and size == 1:
+        model.confirm = partial(known.__setitem__, key, alone)
+        return alone
     if key not in known:
-        with _left_as_it_was(model, tasks.tensors):
-            known[key] = (_tried if size > 1 else _tried_alone)(model, settings, tasks)
-    found = known[key]
-    model.changed = found.changed
-    return found.way
+        with _left_as_it_was(model, tasks.tensors) as numbers:
+            known[key] = _tried(model, settings, tasks, numbers)
+    return known[key]
 
 
-def _tried_alone(model: AdaptedModel, settings: Settings, tasks: Tasks) -> _Found:
-    """Lets a derivative that torch lacks come as our own words, and finds what is left behind."""
-    start = State(model.modules)
-    if settings.second_order or settings.rematerialize:
-        _measured(model, settings, tasks.of([t[:1] for t in tasks.tensors]), alone)
-    return _Found(alone, start.changed_places())
-
-
-def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks) -> _Found:
+def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Numbers) -> Way:
     with _without_dropout(model.modules):
-        expected, repeatable, changed = _in_turn(model, settings, tasks)
-        model.changed = changed
+        expected = _in_turn(model, settings, tasks, numbers)
+        repeatable = not numbers.were_drawn()
         both = tasks.of([t[:2] for t in tasks.tensors])
         objections: list[Exception | str] = []
         for way in (by_vmap, by_vmap_of_gradient):
@@ -93,52 +83,36 @@ def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks) -> _Found:
                     continue  # of vmap's rules
                 break
             if different is None or not repeatable:
-                return _Found(way, changed)
+                return way
             objections.append(f"it computes something else than each alone, {different}")
     raise cannot_run(objections[0])
 
 
-def _in_turn(
-    model: AdaptedModel, settings: Settings, tasks: Tasks
-) -> tuple[Measured, bool, list[tuple[int, str]]]:
-    """Runs two tasks one after the other, each as if it were the first.
-
-    Returns:
-        What was measured, joined; whether no number in it is drawn; what a forward changes.
+def _in_turn(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Numbers) -> Measured:
+    """Returns what is measured of two tasks, one after the other.
 
     Raises:
-        RuntimeError: if a task goes by what another has left in the model.
+        RuntimeError: if a task goes by what another has left behind, or goes on with it.
     """
-    start, numbers = State(model.modules), _Numbers(tasks.tensors)
 
     def run(i: int) -> Measured:
         numbers.put_back()
         single = tasks.of([t[i : i + 1] for t in tasks.tensors])
         return _measured(model, settings, single, alone)
 
-    first = run(0)
-    start.put_back()
-    second = run(1)
+    first, second = run(0), run(1)
     # And the first after another, and after itself.
-    carried, once = run(0), State(model.modules)
-    again, twice = run(0), State(model.modules)
-    different = difference(carried, first) or difference(again, first)
-    changed = start.changed_places()
-    left = once.differences(twice)
-    if left or different:
-        raise _goes_by_others(model, left or changed)
-    expected: Any = [_joined(kind) for kind in zip(first, second, strict=True)]
-    return expected, not numbers.were_drawn(), changed
-
-
-def _goes_by_others(model: AdaptedModel, left: Sequence[tuple[int, str]]) -> Exception:
-    names = paths_of(model.model, left)
-    where = f"in {listing(names)}" if names else "outside of the model (a counter, a generator)"
-    return RuntimeError(
-        f"the forward leaves something behind {where} that the next one goes by or goes on with, "
-        "and of several tasks at once none comes after another; pass chunk_size=1 to run the tasks "
-        "one by one"
-    )
+    carried, once = run(0), contents(model.model)
+    again, twice = run(0), contents(model.model)
+    left = [name for name in twice if not same(once.get(name), twice[name])]
+    if left or difference(carried, first) or difference(again, first):
+        where = f"in {listing(left)}" if left else "(in an object, or outside of the model)"
+        raise RuntimeError(
+            f"the forward leaves something behind {where} that the next one goes by or goes on "
+            "with, and of several tasks at once none comes after another; pass chunk_size=1 to run "
+            "the tasks one by one"
+        )
+    return [_joined(kind) for kind in zip(first, second, strict=True)]
 
 
 def _joined(each: Sequence[list[Tensor]]) -> list[Tensor]:
@@ -208,11 +182,17 @@ class _Numbers:
 
 
 @contextmanager
-def _left_as_it_was(model: AdaptedModel, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Puts back random numbers and what a forward leaves in the model."""
-    start, numbers = State(model.modules), _Numbers(tensors)
+def _left_as_it_was(model: AdaptedModel, tensors: Sequence[Tensor]) -> Iterator[_Numbers]:
+    """Puts back buffers and random numbers; after a failure attributes, too.
+
+    What a forward makes once (a mask, hooks and the flag that says so) may stay.
+    """
+    start, numbers = State(model.modules, every=True), _Numbers(tensors)
     try:
-        yield
-    finally:
+        yield numbers
+    except BaseException:
         start.put_back()
+        raise
+    finally:
+        start.put_back_buffers()
         numbers.put_back()

@@ -11,7 +11,7 @@ from torch.func import vjp, vmap
 
 from mamlpp_ext.lslr import without_hooks
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel
-from mamlpp_ext.task_batch.state import PutBack
+from mamlpp_ext.task_batch.state import nothing_wrapped_left
 
 
 def alone(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> Any:
@@ -27,7 +27,7 @@ def by_vmap(model: AdaptedModel, function: Callable[..., Any], *args: Any) -> An
     """
     on_cpu = next(iter(model.initial.values())).device.type == "cpu"
     # A checkpointed layer would be run again outside of the vmap.
-    left = PutBack(model.modules, model.changed)
+    left = nothing_wrapped_left(model.modules)
     with model.unchanged_buffers(), left, _attention_with_rules(on_cpu), without_hooks():
         try:
             return vmap(function, randomness="different")(*args)

@@ -49,9 +49,9 @@ def held(module: nn.Module, kind: Literal["parameters", "buffers", "modules"]) -
     return own
 
 
-def plain_names(module: nn.Module) -> set[str]:
-    """Returns what the attributes are called that a module has beside those of every module."""
-    return set(vars(module)) - _OF_EVERY
+def plain_names(own: dict[str, Any]) -> set[str]:
+    """Returns those names of a module's dict that not every module has."""
+    return own.keys() - _OF_EVERY
 
 
 def hold_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:

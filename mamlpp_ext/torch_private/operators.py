@@ -104,8 +104,14 @@ def _said_by(node: Any) -> str:
 
 
 def changes_of(tensor: Tensor) -> int:
-    """Returns how often it was written to; missing: another number each time, as if just now."""
-    return int(getattr(tensor, "_version", next(_NEVER)))
+    """Returns how often it was written to; missing: another number each time, as if just now.
+
+    Tensors of inference mode count nothing, and can be written to there alone: 0.
+    """
+    try:
+        return int(getattr(tensor, "_version", next(_NEVER)))
+    except RuntimeError:
+        return 0
 
 
 def forget_workspaces() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,60 @@ def test_recurrent_layers_keep_their_own_weights() -> None:
     with mpp_higher.innerloop_ctx(net, lslr) as (fnet, diffopt):
         diffopt.step(fnet(torch.randn(2, 5, 3))[0].sum())
     assert all(a is b for a, b in zip(net._flat_weights, own, strict=True))
+
+
+class Box:
+    """An object that holds a model."""
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+
+def boxed(net: Any, x: Tensor) -> None:
+    net.last = net.last or Box(net)
+
+
+def in_a_deque(net: Any, x: Tensor) -> None:
+    net.last = net.last or deque([net.head])
+
+
+@pytest.mark.parametrize("change", [boxed, in_a_deque])
+def test_what_may_refer_to_the_patched_model_stays_with_it(change: Change) -> None:
+    net = Keeping(change)
+    lslr, x = mpp.LSLR(net, 1), torch.randn(4, 3)
+    before = net(x)
+    net.last = None
+    for _ in range(2):
+        with mpp_higher.innerloop_ctx(net, lslr) as (fnet, diffopt):
+            diffopt.step(fnet(x).sum())
+        assert net.last is None
+    torch.testing.assert_close(net(x), before)
+
+
+def test_a_flag_ends_with_the_hooks_that_it_speaks_of() -> None:
+    def hooked(net: Any, x: Tensor) -> None:
+        if not net.calls:
+            net.head.register_forward_hook(lambda module, args, output: output.tanh())
+            net.calls = True
+
+    found = []
+    for run in (in_higher, in_place_of_all):
+        torch.manual_seed(0)
+        net = Keeping(hooked)
+        net.calls = False
+        lslr, x, y = mpp.LSLR(net, STEPS), torch.randn(4, 3), torch.randn(4, 2)
+        losses = [run(net, lslr, x, y) for _ in range(2)]
+        found.append([loss.detach() for loss in losses])
+        assert net.calls == (run is in_place_of_all)
+    torch.testing.assert_close(*found)
+
+
+def test_what_the_user_does_to_the_models_own_meanwhile_stays() -> None:
+    net = Keeping(CHANGES["counted"])
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 1)) as (fnet, diffopt):
+        diffopt.step(fnet(torch.randn(4, 3)).sum())
+        net.way.append("mine")
+    assert net.way[-1] == "mine"
 
 
 def test_a_parameter_that_a_forward_makes_is_registered() -> None:

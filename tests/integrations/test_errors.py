@@ -146,6 +146,19 @@ class CallsByObject(nn.Module):
         return self.last(self.body(x))
 
 
+class MakesLayer(nn.Module):
+    """A model that makes its head when it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.head is None:
+            self.head = nn.Linear(4, 2)
+        return self.head(self.body(x))
+
+
 class Abstract(nn.Module, abc.ABC):
     """A class that higher's cannot be mixed with."""
 
@@ -332,6 +345,12 @@ OTHER_MODELS: Table = {
         lambda n: steps_in_higher(n, 1),
         RuntimeError,
         ("'head.weight', 'head.bias' of the model itself", "mamlpp_ext.integrations.torchopt"),
+    ),
+    "higher, a layer made by the forward": (
+        MakesLayer,
+        lambda n: steps_in_higher(n, 1),
+        RuntimeError,
+        ("has made a layer", "call the model once before its rates"),
     ),
     "higher, a class of its own kind": (
         Concrete,

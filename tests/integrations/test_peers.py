@@ -189,6 +189,9 @@ def test_torchopt_flattens_with_none_as_a_leaf() -> None:
 OURS = {"_names_of", "_places", "_check_names", "_grads", "_replace"} | {
     "_initial",
     "_pairs",
+    "_hooks",
+    "_count_hooks",
+    "_containers",
     "_references",
     "_moved",
     "_twins",

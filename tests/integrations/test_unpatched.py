@@ -118,3 +118,32 @@ def test_what_a_model_keeps_of_the_step_before_may() -> None:
             diffopt.step(fnet(torch.ones(2, 3)).square().sum())
         fnet(torch.ones(2, 3)).sum().backward()
     assert net.before.requires_grad
+
+
+class Given(nn.Module):
+    """Goes by a prototype that it was given, and by more inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.prototype = nn.Linear(3, 3), torch.zeros(3)
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        given = sum((m.loss if isinstance(m, Output) else m).sum() for m in more)
+        return self.layer(x) + self.prototype + given
+
+
+def test_what_the_model_was_given_may() -> None:
+    net, x = Given(), torch.ones(2, 3)
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 2)) as (fnet, diffopt):
+        fnet.prototype = net(x).mean(0)
+        for _ in range(2):
+            more = net.layer.weight, 2 * net.layer.weight, Output(net(x))
+            diffopt.step(fnet(x, *more).square().sum())
+
+
+def test_outputs_that_go_on_for_ever_are_looked_through() -> None:
+    net = Both(lambda held, h, y, calls: Output(y))
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 2)) as (fnet, diffopt):
+        output = fnet(torch.ones(2, 3))
+        output.more = [output]
+        diffopt.step(output.loss.sum())

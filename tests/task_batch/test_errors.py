@@ -346,7 +346,7 @@ OTHER_MODELS: Table = {
         Changing,
         lambda n: run(n, loss=n.loss),
         RuntimeError,
-        ("leaves something behind outside of the model", "pass chunk_size=1"),
+        ("leaves something behind (in an object, or outside", "pass chunk_size=1"),
     ),
     "something else in the backward": (
         Changing,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ class Keeping(nn.Module):
         self.inner, self.given = nn.ModuleDict({"layer": nn.Linear(3, 2)}), forward
         self.kept: Any = None
         self.calls, self.seen, self.several = 0, [0.0], {"mean": torch.zeros(2)}
+        self.counter, self.array = Counter(), np.zeros(1)
         self.register_buffer("count", torch.zeros(()))
 
     def layer(self, x: Tensor) -> Tensor:
@@ -73,6 +76,23 @@ def set_by_the_first_task(net: Any, x: Tensor) -> Tensor:
     return net.layer(x / net.kept)
 
 
+class Counter:
+    """An object that counts."""
+
+    def __init__(self) -> None:
+        self.calls, self.by = 0, {"all": [0]}
+
+
+def counted_by_an_object(net: Any, x: Tensor) -> Tensor:
+    net.counter.by["all"][0] += 1
+    return net.layer(x)
+
+
+def counted_by_an_array(net: Any, x: Tensor) -> Tensor:
+    net.array += 1
+    return net.layer(x) if net.array[0] < 100 else 2 * net.layer(x)
+
+
 GOES_ON = {
     counted: "'calls'",
     warmed_up: "'inner.layer.calls'",
@@ -80,7 +100,8 @@ GOES_ON = {
     counted_by_data: "'count'",
     averaged: "'several'",
     appended: "'seen'",
-    set_by_the_first_task: "'kept'",
+    counted_by_an_object: "'counter'",
+    counted_by_an_array: "'array'",
 }
 
 
@@ -102,7 +123,36 @@ def last_noise(net: Any, x: Tensor) -> Tensor:
     return net.layer(x)
 
 
-HARMLESS = [mask_made_once, last_output, last_noise]
+def hooked_once(net: Any, x: Tensor) -> Tensor:
+    """As transformers has its models keep hidden states."""
+    if not net.kept:
+        net.inner["layer"].register_forward_hook(lambda module, args, output: output.tanh())
+        net.kept = True
+    return net.layer(x)
+
+
+def kept_deep(net: Any, x: Tensor) -> Tensor:
+    net.counter.last = OrderedDict(output=[net.layer(x)])
+    net.kept = {"deep": [{"output": net.layer(x)}]}
+    return net.layer(x)
+
+
+def targets_kept(net: Any, x: Tensor) -> Tensor:
+    """What no trial sees."""
+    if len(x) == 5:
+        net.kept = net.layer(x)
+    return net.layer(x)
+
+
+HARMLESS = [
+    hooked_once,
+    kept_deep,
+    targets_kept,
+    set_by_the_first_task,
+    mask_made_once,
+    last_output,
+    last_noise,
+]
 
 
 def learned(forward: Forward, **how: Any) -> tuple[Keeping, list[Tensor]]:
@@ -151,6 +201,81 @@ def test_rematerialised_it_is_as_in_turn(forward: Forward) -> None:
     assert [(net.calls, net.seen, net.count.item()) for net, _ in found] == [
         (found[0][0].calls, found[0][0].seen, found[0][0].count.item())
     ] * 2
+
+
+UNTOUCHED = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "CSR": lambda: torch.eye(3).to_sparse_csr(),
+    "meta": lambda: torch.zeros(3, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3).float(), 0.1, 0, torch.qint8),
+    "NaN": lambda: torch.full((3,), torch.nan),
+    "list in itself": lambda: [made := [], made.append(made)][0],
+}
+
+
+@pytest.mark.parametrize("rematerialize", [True, False])
+@pytest.mark.parametrize("kind", UNTOUCHED)
+@pytest.mark.filterwarnings("ignore")  # of torch, about prototypes
+def test_what_cannot_be_compared_is_left_alone(kind: str, rematerialize: bool) -> None:
+    def untouched(net: Any, x: Tensor) -> Tensor:
+        return net.layer(x)
+
+    net = Keeping(untouched)
+    net.kept = UNTOUCHED[kind]()
+    if kind == "sparse":
+        net.register_buffer("adjacent", UNTOUCHED[kind]())
+    batch = (torch.randn(2, 4, 3), torch.randn(2, 4, 2)) * 2
+    for size in (1, None):
+        mpp.task_batch_loss(
+            net, mpp.LSLR(net, 2), batch, F.mse_loss,
+            num_steps=2, chunk_size=size, rematerialize=rematerialize,
+        ).loss.backward()  # fmt: skip
+
+
+def test_inference_tensors_are_left_alone() -> None:
+    net = Keeping(mask_made_once)
+    with torch.inference_mode():
+        net(torch.randn(4, 3))
+    batch = (torch.randn(2, 4, 3), torch.randn(2, 4, 2)) * 2
+    net.given = lambda net, x: net.layer(x)
+    for size in (1, None):
+        mpp.task_batch_loss(
+            net, mpp.LSLR(net, 2), batch, F.mse_loss,
+            num_steps=2, chunk_size=size, rematerialize=True,
+        ).loss.backward()  # fmt: skip
+
+
+def test_one_alone_is_not_tried() -> None:
+    """Objects, and what the loss keeps: nobody could put it back."""
+    net, calls = Keeping(counted_by_an_array), []
+
+    def loss_fn(output: Tensor, y: Tensor) -> Tensor:
+        calls.append(1)
+        return F.mse_loss(output, y)
+
+    batch = (torch.randn(2, 4, 3), torch.randn(2, 4, 2)) * 2
+    mpp.task_batch_loss(net, mpp.LSLR(net, 2), batch, loss_fn, num_steps=2, chunk_size=1)
+    assert len(calls) == net.array[0] == 2 * 2 * 2  # tasks, steps, support and target
+
+
+def test_a_buffer_in_two_places_is_one_when_a_step_is_run_again() -> None:
+    def shared(net: Any, x: Tensor) -> Tensor:
+        net.count += 1
+        assert net.inner["layer"].count is net.count
+        return net.layer(x) * net.inner["layer"].count.clone()
+
+    found = []
+    for again in (True, False):
+        torch.manual_seed(0)
+        net = Keeping(shared)
+        net.inner["layer"].register_buffer("count", net.count)
+        batch = (torch.randn(2, 4, 3), torch.randn(2, 4, 2)) * 2
+        lslr = mpp.LSLR(net, 2)
+        how = {"num_steps": 2, "chunk_size": 1, "rematerialize": again}
+        mpp.task_batch_loss(net, lslr, batch, F.mse_loss, **how).loss.backward()
+        found.append([lslr.rates.grad, net.count])
+    torch.testing.assert_close(*found)
 
 
 def test_in_turn_it_goes_on_as_in_plain_torch() -> None:
