@@ -5,8 +5,8 @@ dictionary as it is. What refers to modules there (a bound method, a wrapped ``f
 layers) still means the model itself, whose weights nobody adapts.
 
 What it touches of higher: the patched module's ``update_params`` and ``_refill_params_box``, its
-layers' ``_root_ref``, ``_param_names`` and dictionaries (``_parameters``, ``_modules``, hooks), and that it asks
-``_parameters`` for the ``_flat_weights_names`` of recurrent layers.
+layers' ``_root_ref``, ``_param_names`` and dictionaries (``_parameters``, ``_modules``, hooks), and
+that it asks ``_parameters`` for the ``_flat_weights_names`` of recurrent layers.
 """
 
 from __future__ import annotations
