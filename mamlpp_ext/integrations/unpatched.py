@@ -43,7 +43,7 @@ def refuse_unpatched(fnet: Any, adapted: Mapping[str, Tensor]) -> None:
             given = {names.get(id(t)) for t in inputs}
             before = [*inputs, *kept, *(p for params in every for p in params)]
             if found := [name for name in reached(_tensors(output), before) if name not in given]:
-                raise RuntimeError(_said(found, "output of the patched model"))
+                raise _goes_by(found, "output of the patched model")
         return output
 
     patched.__call__ = call_and_look
@@ -62,11 +62,11 @@ def refuse_loss_of_unpatched(loss: Tensor, unadapted: Mapping[str, Tensor]) -> N
     """
     reached = graph_leaves([loss])
     if found := [name for name, p in unadapted.items() if id(p) in reached]:
-        raise RuntimeError(_said(found, "support loss"))
+        raise _goes_by(found, "support loss")
 
 
-def _said(names: list[str], what: str) -> str:
-    return (
+def _goes_by(names: list[str], what: str) -> RuntimeError:
+    return RuntimeError(
         f"the {what} depends on {listing(names)} of the model itself, not of the patched one that "
         "is adapted: call fnet(x), not net(x); models that call their layers by a reference that "
         "cannot be followed (an object that holds them) are for mamlpp_ext.integrations.torchopt "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -50,6 +51,10 @@ def wait_for_the_gpu(net: Net) -> None:
             cuda_graph._run_without_waiting(run)
         finally:
             assert [call.args for call in chosen.mock_calls] == [("error",), (0,)]
+
+
+def count_in(net: Net) -> None:
+    vars(net)["calls"] = vars(net).get("calls", 0) + 1
 
 
 def all_frozen_since(net: Net) -> None:
@@ -309,6 +314,11 @@ CUDA_GRAPHS: dict[str, Row] = {
         wait_for_the_gpu,
         RuntimeError,
         ("cannot be captured", "called a synchronizing", ".item()", "leave cuda_graph out"),
+    ),
+    "CUDA graph of a forward that goes on": (
+        lambda n: cuda_graph._check_leaves_nothing(partial(count_in, n), n, []),
+        RuntimeError,
+        ("goes on with what it leaves behind in 'calls'", "leave cuda_graph out"),
     ),
 }
 OTHER_MODELS: Table = {
