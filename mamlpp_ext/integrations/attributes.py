@@ -27,15 +27,19 @@ class AttributeCopies:
 
     Args:
         pairs: each module of the model, and its twin.
-        references: by which what refers to the modules was made to refer to the twins.
+        references: what made that which refers to the modules refer to the twins.
+        back: what turns that back.
     """
 
     def __init__(
-        self, pairs: Iterable[tuple[nn.Module, nn.Module]], references: References
+        self,
+        pairs: Iterable[tuple[nn.Module, nn.Module]],
+        references: References,
+        back: References,
     ) -> None:
         self._pairs = [(module, twin, vars(twin).copy()) for module, twin in pairs]
-        self._references, self._hooks = references, self._count_hooks()
         self._containers = [(old, new, new.copy()) for old, new in references.containers()]
+        self._back, self._hooks = back, self._count_hooks()
 
     def _count_hooks(self) -> int:
         return sum(len(hooks) for _, twin, _ in self._pairs for hooks in hooks_of(twin).values())
@@ -47,7 +51,7 @@ class AttributeCopies:
         to the model's own modules again. What may refer to them where it cannot be followed, in an
         object, stays with the twins, and so do flags where hooks were registered: they end, too.
         """
-        back = self._references.reversed({id(twin): module for module, twin, _ in self._pairs})
+        back = self._back
         for old, new, before in self._containers:
             if not _hold_the_same(new, before):
                 _fill(old, new, back)

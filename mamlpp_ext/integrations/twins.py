@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from mamlpp_ext.torch_private import forget_compiled, held, hold_parameters, hoo
 
 def complete_twins(
     net: nn.Module, fnet: Any
-) -> tuple[list[tuple[nn.Module, nn.Module]], References]:
+) -> tuple[list[tuple[nn.Module, nn.Module]], References, References]:
     """Gives the patched model what the model has: hooks, shared layers, references to its own.
 
     Args:
@@ -34,13 +34,15 @@ def complete_twins(
         fnet: what higher made of it.
 
     Returns:
-        Each module of the model, once, and its twin; and by what references were moved to these.
+        Each module of the model, once, and its twin; what turned references to the model's into
+        such to the copies; and what turns them back.
 
     Raises:
         ValueError: if hooks or functions of the model name a module of it as a global.
     """
     pairs = _paired(net, fnet)
-    references = References({id(module): twin for module, twin in pairs})
+    copied = [*_copied(pairs)]
+    references = References({id(own): copy for own, copy in copied})
     for module, twin in pairs:
         own = vars(twin)
         for name in vars(module).keys() & own.keys():
@@ -64,7 +66,7 @@ def complete_twins(
             "mamlpp_ext.integrations.torchopt, which patch nothing"
         )
     _keep_parameters_current(type(fnet))
-    return pairs, references
+    return pairs, references, references.reversed({id(copy): own for own, copy in copied})
 
 
 def _paired(net: nn.Module, fnet: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -77,6 +79,17 @@ def _paired(net: nn.Module, fnet: nn.Module) -> list[tuple[nn.Module, nn.Module]
         else:
             pairs[id(module)] = module, fnet.get_submodule(path)
     return list(pairs.values())
+
+
+def _copied(pairs: list[tuple[nn.Module, nn.Module]]) -> Iterator[tuple[Any, Any]]:
+    """Yields what higher has made copies of: modules and buffers, each with its copy."""
+    seen = {id(None)}
+    for module, twin in pairs:
+        yield module, twin
+        for name, buffer in held(module, "buffers").items():
+            if id(buffer) not in seen:  # of one in several places, the first copy is that of all
+                seen.add(id(buffer))
+                yield buffer, held(twin, "buffers")[name]
 
 
 class _Weights(OrderedDict[str, Tensor]):

@@ -6,7 +6,7 @@ import copy
 import dis
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -64,19 +64,19 @@ def _in_the_way(module: nn.Module) -> str:
 
 
 class References:
-    """Turns what refers to modules into what refers to those that replace them.
+    """Turns what refers to modules, or to buffers, into what refers to those that replace them.
 
     It looks into bound methods, functions with what they capture, partials, weak references and
     containers, not into other objects.
 
     Args:
-        replaced: what stands for each module, by the module's id.
+        replaced: what stands for each of them, by its id.
 
     Attributes:
         global_names: those by which functions name modules, and which stay what they are.
     """
 
-    def __init__(self, replaced: dict[int, nn.Module]) -> None:
+    def __init__(self, replaced: Mapping[int, Any]) -> None:
         self.global_names: set[str] = set()
         self._replaced = replaced
         self._moved: dict[int, tuple[Any, Any]] = {}
@@ -107,11 +107,11 @@ class References:
             if new is not old and isinstance(old, (list, set, dict))
         ]
 
-    def reversed(self, replaced: dict[int, nn.Module]) -> References:
+    def reversed(self, replaced: Mapping[int, Any]) -> References:
         """Returns what turns all this back, and anything else that refers to what came.
 
         Args:
-            replaced: the modules that were replaced, by the ids of what replaced them.
+            replaced: what was replaced, by the ids of what replaced it.
         """
         back = References(replaced)
         changed = ((old, new) for old, new in self._moved.values() if new is not old)

@@ -128,6 +128,12 @@ def contents(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def flags_of(modules: Sequence[nn.Module]) -> tuple[bool, ...]:
+    """Returns what is switched on and off in layers that have code of their own."""
+    own = (vars(module) for module in modules if _has_code(module))
+    return tuple(v for each in own for v in each.values() if isinstance(v, bool))
+
+
 @contextmanager
 def nothing_wrapped_left(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Puts back attributes in which a vmap's block leaves values of its inside.

@@ -24,7 +24,7 @@ from mamlpp_ext.task_batch.batch import Tasks
 from mamlpp_ext.task_batch.contents import same
 from mamlpp_ext.task_batch.difference import Measured, difference
 from mamlpp_ext.task_batch.settings import Settings
-from mamlpp_ext.task_batch.state import State, contents
+from mamlpp_ext.task_batch.state import State, contents, flags_of
 from mamlpp_ext.task_batch.step import TaskStep, Way
 from mamlpp_ext.task_batch.ways import alone, by_vmap, by_vmap_of_gradient, cannot_run
 
@@ -56,7 +56,7 @@ def way_for(model: AdaptedModel, settings: Settings, tasks: Tasks, size: int) ->
     functions = (settings.loss_fn, settings.inner_loss_fn)
     # Not the functions themselves: a lambda is another one in every iteration.
     codes = tuple(getattr(f, "__code__", type(f)) for f in functions)
-    key = (size > 1, settings.second_order, codes, model.mode())
+    key = (size > 1, settings.second_order, codes, model.mode(), flags_of(model.modules))
     if key not in known and size == 1:
         model.confirm = partial(known.__setitem__, key, alone)
         return alone

@@ -206,3 +206,31 @@ def test_what_the_model_itself_did_meanwhile_stays(change: Change) -> None:
     with mpp_higher.innerloop_ctx(net, lslr):
         net(x)  # not the patched one
     torch.testing.assert_close(net.kept, (0.9 + x.mean(0)))
+
+
+class Listing(Keeping):
+    """Holds its buffer in a list and under another name, too."""
+
+    def __init__(self, change: Change, kept: Tensor) -> None:
+        super().__init__(change, kept)
+        self.listed, self.alias = [self.kept], self.kept
+
+
+def in_place_in_a_list(net: Any, x: Tensor) -> None:
+    net.listed[0].mul_(0.9).add_(x.mean(0))
+    net.alias.add_(1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_buffer_that_is_held_elsewhere_is_the_same_there(path: str) -> None:
+    found = []
+    for run in (PATHS[path], in_place_of_all):
+        torch.manual_seed(0)
+        net = Listing(in_place_in_a_list, torch.ones(3))
+        lslr, x, y = mpp.LSLR(net, STEPS), torch.randn(4, 3), torch.randn(4, 2)
+        for _ in range(2):
+            run(net, lslr, x, y).backward()
+        assert net.listed[0] is net.kept
+        assert net.alias is net.kept
+        found.append([net.layer.weight.grad, lslr.rates.grad, net.kept])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)

@@ -192,7 +192,7 @@ OURS = {"_names_of", "_places", "_check_names", "_grads", "_replace"} | {
     "_hooks",
     "_count_hooks",
     "_containers",
-    "_references",
+    "_back",
     "_moved",
     "_twins",
 }

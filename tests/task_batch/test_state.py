@@ -319,3 +319,17 @@ def test_a_failure_within_leaves_nothing_behind() -> None:
             F.mse_loss, num_steps=2,
         )  # fmt: skip
     assert net.kept is before
+
+
+def test_a_model_that_was_switched_is_tried_again() -> None:
+    def switched(net: Any, x: Tensor) -> Tensor:
+        return averaged(net, x) if net.switch else net.layer(x)
+
+    net = Keeping(switched)
+    net.switch = False
+    batch = (torch.randn(2, 4, 3), torch.randn(2, 4, 2)) * 2
+    lslr = mpp.LSLR(net, 2)
+    mpp.task_batch_loss(net, lslr, batch, F.mse_loss, num_steps=2)
+    net.switch = True
+    with pytest.raises(RuntimeError, match="leaves something behind in 'several'"):
+        mpp.task_batch_loss(net, lslr, batch, F.mse_loss, num_steps=2)
