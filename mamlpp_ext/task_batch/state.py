@@ -18,6 +18,7 @@ from mamlpp_ext.task_batch.contents import MOST, content_of, same
 from mamlpp_ext.torch_private import changes_of, held, is_hooked, is_wrapped, plain_names
 
 _MISSING: Any = object()
+_FEW = 10_000  # values that may be compared in every forward
 _CONTAINERS = (list, dict, set, deque)
 
 
@@ -47,9 +48,11 @@ class Place(NamedTuple):
             return False
         if not isinstance(self.value, Tensor):
             return _ids(self.value) != _ids(self.copy)
-        # Writes through .data count no change; on a GPU a look would have to wait for it.
-        by_data = self.value.device.type == "cpu" and not same(self.value, self.copy)
-        return by_data or changes_of(self.value) != self.changes
+        if changes_of(self.value) != self.changes:
+            return True
+        # Writes through .data count no change. On a GPU a look would have to wait for it.
+        is_looked_at = self.value.device.type == "cpu" and self.value.numel() <= _FEW
+        return is_looked_at and not same(self.value, self.copy)
 
     def put(self, value: Any) -> None:
         """Puts something there, or nothing."""
