@@ -31,13 +31,15 @@ class Place(NamedTuple):
         value: what was there, or nothing.
         copy: of a tensor or container, which may be written to; None of others.
         changes: how often the tensor had been written to.
+        by_value: whether it is compared: writes through ``.data`` count no change.
     """
 
     own: dict[str, Any]
     name: str
     value: Any
-    copy: Any
-    changes: int
+    copy: Any = None
+    changes: int = 0
+    by_value: bool = False
 
     def was_changed(self) -> bool:
         """Returns whether there is something else now."""
@@ -50,9 +52,7 @@ class Place(NamedTuple):
             return _ids(self.value) != _ids(self.copy)
         if changes_of(self.value) != self.changes:
             return True
-        # Writes through .data count no change. On a GPU a look would have to wait for it.
-        is_looked_at = self.value.device.type == "cpu" and self.value.numel() <= _FEW
-        return is_looked_at and not same(self.value, self.copy)
+        return self.by_value and not same(self.value, self.copy)
 
     def put(self, value: Any) -> None:
         """Puts something there, or nothing."""
@@ -80,7 +80,7 @@ class State:
 
     Args:
         modules: of the model.
-        every: whether to look at the attributes of all layers.
+        every: whether to look at the attributes of all layers, and at all values.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, every: bool = False) -> None:
@@ -90,7 +90,7 @@ class State:
         ]
         copies: dict[int, Any] = {}  # what stands in several places is one thing in the copy, too
         self._places = {
-            (number, name): _place(own, name, copies) for number, own, name in self._names()
+            (number, name): _place(own, name, copies, every) for number, own, name in self._names()
         }
 
     def _names(self) -> Iterator[tuple[int, dict[str, Any], str]]:
@@ -106,7 +106,7 @@ class State:
         found = [p for p in self._places.values() if p.was_changed()]
         for number, own, name in self._names():
             if (number, name) not in self._places:
-                found.append(Place(own, name, _MISSING, None, 0))
+                found.append(Place(own, name, _MISSING))
         return [place for place in found if not isinstance(place.own.get(place.name), bool)]
 
     def put_back(self) -> None:
@@ -157,7 +157,7 @@ def nothing_wrapped_left(modules: Sequence[nn.Module]) -> Iterator[None]:
             for name in plain_names(own):
                 then = attributes.get(name, _MISSING)
                 if own[name] is not then and _holds_wrapped(own[name]):
-                    Place(own, name, then, None, 0).put(then)
+                    Place(own, name, then).put(then)
 
 
 def _buffers_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
@@ -170,12 +170,16 @@ def _has_code(module: nn.Module) -> bool:
     return not ours or "forward" in vars(module) or is_hooked(module)
 
 
-def _place(own: dict[str, Any], name: str, copies: dict[int, Any]) -> Place:
+def _place(own: dict[str, Any], name: str, copies: dict[int, Any], every: bool) -> Place:
     value = own[name]
     if id(value) not in copies:
         copies[id(value)] = copied(value)
     copy = copies[id(value)]
-    return Place(own, name, value, copy, changes_of(value) if isinstance(copy, Tensor) else 0)
+    if not isinstance(copy, Tensor):
+        return Place(own, name, value, copy)
+    # On a GPU a look has to wait for it.
+    by_value = every or (value.device.type == "cpu" and value.numel() <= _FEW)
+    return Place(own, name, value, copy, changes_of(value), by_value)
 
 
 def copied(value: Any) -> Any:
