@@ -15,7 +15,18 @@ from torch.overrides import TorchFunctionMode
 import mamlpp_ext as mpp
 
 CHANNELS, SIDE, WAYS, STEPS, TASKS = 4, 8, 3, 2, 2
-Log = list[Any]  # of the layout and aliasing of whatever the forward looks at
+
+
+class Log:
+    """The layout and aliasing of whatever a forward looks at.
+
+    Not a list, which would be something that the forward leaves behind for the next.
+    """
+
+    __slots__ = ("entries",)
+
+    def __init__(self) -> None:
+        self.entries: list[Any] = []
 
 
 class TorchNorm(nn.Module):
@@ -78,7 +89,8 @@ class Flat(torch.autograd.Function):
 
 def seen(log: Log, name: str, x: Tensor) -> None:
     offset = x.storage_offset() if x._base is not None else 0
-    log.append((name, tuple(x.shape), x.stride(), x.is_contiguous(), x._base is not None, offset))
+    entry = (name, tuple(x.shape), x.stride(), x.is_contiguous(), x._base is not None, offset)
+    log.entries.append(entry)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,7 +266,7 @@ class Stranger(nn.Module):
     def __init__(self, plan: Forward) -> None:
         super().__init__()
         self.plan = plan
-        self.log: Log = []
+        self.log = Log()
         source, stages = 2, []
         for activation, pooling, nested in plan.blocks:
             layers = [nn.Conv2d(source, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)]

@@ -58,7 +58,6 @@ def in_loop(net: nn.Module, step: Callable[[Tensor], Any], task: Task) -> list[T
 
 def by_higher(net: nn.Module, lslr: mpp.LSLR, task: Task, order: bool) -> list[Tensor]:
     with mpp_higher.innerloop_ctx(net, lslr, second_order=order) as (fnet, diffopt):
-        fnet.log = net.log
         return in_loop(fnet, diffopt.step, task)
 
 
@@ -150,7 +149,7 @@ def outcome(path: str, plan: Forward, second_order: bool) -> tuple[list[dict[str
         found.append({"loss": loss.detach(), **{n: p.grad for n, p in named.items()}})
     for handle in handles:
         handle.remove()
-    return copy.deepcopy([*found, dict(net.named_buffers())]), net.log
+    return copy.deepcopy([*found, dict(net.named_buffers())]), net.log.entries
 
 
 def assert_equal(found: Any, expected: Any) -> None:
