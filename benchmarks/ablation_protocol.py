@@ -109,8 +109,8 @@ PRESETS = {
     "paper-mini-imagenet-5way-5shot": replace(_MINI_IMAGENET, shots=5),
     "cifar-fs-5way-1shot": _CIFAR_FS,
     "cifar-fs-5way-5shot": replace(_CIFAR_FS, shots=5),
-    # For two cores: about five minutes a run on one of them. The inner rate is that of the long
-    # presets. Chosen on the validation classes with a seed that the table does not have (README.md).
+    # For two cores: three to five minutes a run on one of them. The inner rate is that of the long
+    # presets; how the meta rates were chosen is in README.md.
     "cifar-fs-reduced": Protocol(
         backend="torch_func",  # on a CPU, three quarters of the time of the loops
         ways=5,
