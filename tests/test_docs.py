@@ -237,7 +237,7 @@ def test_docstring_has_its_sections(name: str) -> None:
     assert sorted(found) == sorted([*DOCUMENTED[name].split(), "Example", "Source"])
 
 
-@pytest.mark.parametrize("name", RETURNED)
+@pytest.mark.parametrize("name", sorted(RETURNED))
 def test_what_is_returned_has_attributes(name: str) -> None:
     assert SECTIONS.findall(NAMES[name].__doc__) == ["Attributes"]
 
