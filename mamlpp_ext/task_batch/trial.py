@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mamlpp_ext.checks import listing
 from mamlpp_ext.fast_kernels import check_second_derivatives
-from mamlpp_ext.task_batch.adapted_model import AdaptedModel
+from mamlpp_ext.task_batch.adapted_model import AdaptedModel, Params
 from mamlpp_ext.task_batch.batch import Tasks
 from mamlpp_ext.task_batch.contents import same
 from mamlpp_ext.task_batch.difference import Measured, difference
@@ -75,6 +75,8 @@ def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Numb
         for way in (by_vmap, by_vmap_of_gradient):
             try:
                 different = difference(_measured(model, settings, both, way), expected)
+                if different and repeatable and _agrees_elsewhere(model, settings, tasks, way):
+                    different = None
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -86,6 +88,30 @@ def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Numb
                 return way
             objections.append(f"it computes something else than each alone, {different}")
     raise cannot_run(objections[0])
+
+
+def _agrees_elsewhere(model: AdaptedModel, settings: Settings, tasks: Tasks, way: Way) -> bool:
+    """Returns whether tasks at once are as each alone from other weights nearby.
+
+    Rounding may take a value over a kink, and gradients with it; a wrong rule is wrong everywhere.
+    """
+    singles = [tasks.of([t[i : i + 1] for t in tasks.tensors]) for i in range(2)]
+    both = tasks.of([t[:2] for t in tasks.tensors])
+    for place in range(1, 4):
+        each = [_measured(model, settings, single, alone, place) for single in singles]
+        expected = [_joined(kind) for kind in zip(*each, strict=True)]
+        if difference(_measured(model, settings, both, way, place), expected) is None:
+            return True
+    return False
+
+
+def _moved(model: AdaptedModel, adapted: Params, place: int) -> Params:
+    """Returns weights a little away from these, the same ones every time for a ``place``."""
+    drawn, moved = torch.Generator().manual_seed(place), {}
+    for name, weight in adapted.items():
+        noise = torch.randn(model.initial[name].shape, generator=drawn).to(weight)
+        moved[name] = (weight.detach() * (1 + 0.01 * noise)).requires_grad_(weight.requires_grad)
+    return moved
 
 
 def _in_turn(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Numbers) -> Measured:
@@ -119,10 +145,17 @@ def _joined(each: Sequence[list[Tensor]]) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*each, strict=True)]
 
 
-def _measured(model: AdaptedModel, settings: Settings, tasks: Tasks, way: Way) -> Measured:
-    """Returns losses, statistics, gradients and second derivatives of a step, each [T, ...]."""
+def _measured(
+    model: AdaptedModel, settings: Settings, tasks: Tasks, way: Way, place: int = 0
+) -> Measured:
+    """Returns losses, statistics, gradients and second derivatives of a step, each [T, ...].
+
+    At the model's weights, or at one of the places nearby.
+    """
     one_step = TaskStep(model, settings, 0, tasks.single() if way is alone else tasks, way)
     adapted = model.initial_of(len(tasks), alone=way is alone)
+    if place:
+        adapted = _moved(model, adapted, place)
     with torch.enable_grad(), model.at(0, settings.second_order):
         losses, outputs, statistics = one_step.support_losses(adapted)
         order = settings.second_order
