@@ -108,9 +108,9 @@ def test_ablation_with_archives(tmp_path: Path) -> None:
     assert "read set, 12x12, colour: train 10 classes (30 images), val 5" in errors
     first, _, third = table.splitlines()[:3]
     assert first.startswith(
-        "set, 12x12, colour, 3-way 1-shot, 4 filters, 4 tasks an iteration of 1"
+        "set, 12x12, colour, 3-way 1-shot, 4 filters, 2 tasks an iteration of 1"
     )
-    assert "inner rate 0.1, meta-gradients within ±1, 2 inner steps" in first
+    assert "inner rate 0.01, meta-gradients within ±1, 2 inner steps" in first
     assert "Ensemble: the 2 models that validated best, the means of their logits" in third
     assert "| row | batch statistics | running statistics | ensemble |" in table
     assert "paper" not in table.splitlines()[4]
@@ -179,7 +179,7 @@ def test_presets() -> None:
     assert cifar.size is None
     assert preset("cifar-fs-5way-5shot") == replace(cifar, shots=5)
     reduced = preset("cifar-fs-reduced")
-    assert (reduced.filters, reduced.tasks, reduced.epochs * reduced.iterations) == (32, 4, 450)
+    assert (reduced.filters, reduced.tasks, reduced.epochs * reduced.iterations) == (32, 2, 600)
     assert len(reduced.rows()) == 8
     changed = preset("cifar-fs-reduced", "--clamp=5", "--ensemble=5", "--flip", "--size=16")
     assert changed == replace(reduced, clamp=5.0, ensemble=5, flip=True, size=16)
