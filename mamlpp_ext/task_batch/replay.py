@@ -26,7 +26,7 @@ def replayed(run: Callable[..., Any], modules: Sequence[nn.Module]) -> Callable[
             found = run(*args, **kwargs)
             changed = before.changed()
             return found
-        now = [(place, place.own.get(place.name)) for place in changed]
+        now = [(place, place.now) for place in changed]
         copies: dict[int, Any] = {}
         try:
             for place in changed:

@@ -41,9 +41,14 @@ class Place(NamedTuple):
     changes: int = 0
     by_value: bool = False
 
+    @property
+    def now(self) -> Any:
+        """What is there now, or nothing."""
+        return self.own.get(self.name, _MISSING)
+
     def was_changed(self) -> bool:
         """Returns whether there is something else now."""
-        return self.own.get(self.name, _MISSING) is not self.value or self._was_written()
+        return self.now is not self.value or self._was_written()
 
     def _was_written(self) -> bool:
         if self.copy is None:
@@ -107,7 +112,7 @@ class State:
         for number, own, name in self._names():
             if (number, name) not in self._places:
                 found.append(Place(own, name, _MISSING))
-        return [place for place in found if not isinstance(place.own.get(place.name), bool)]
+        return [place for place in found if not isinstance(place.now, bool)]
 
     def put_back(self) -> None:
         """Puts everything back as it was, but flags."""

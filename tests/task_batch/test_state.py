@@ -278,6 +278,15 @@ def test_a_buffer_in_two_places_is_one_when_a_step_is_run_again() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_what_a_forward_deletes_stays_away_when_a_step_is_run_again() -> None:
+    def consumed(net: Any, x: Tensor) -> Tensor:
+        vars(net).pop("seen", None)
+        return net.layer(x)
+
+    net, _ = learned(consumed, chunk_size=1, rematerialize=True)
+    assert "seen" not in vars(net)
+
+
 def test_in_turn_it_goes_on_as_in_plain_torch() -> None:
     """Three tasks of two steps, each with a support and a target forward, twice."""
     net, _ = learned(counted, chunk_size=1, all_step_losses=True)
