@@ -5,7 +5,6 @@ Not what higher itself assigns there: ``_flat_weights``, the adapted weights of 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from numbers import Number
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.norm import References
+from mamlpp_ext.norm import References, all_in, fill, ids_in, parts_of
 from mamlpp_ext.torch_private import hooks_of, plain_names
 
 _OF_HIGHER = {"_flat_weights"}
 _MISSING = object()
-_DEEPEST = 4
 _PLAIN = (Tensor, Number, str, bytes, type(None), torch.dtype, torch.device, torch.Generator)
 
 
@@ -53,8 +51,8 @@ class AttributeCopies:
         """
         back = self._back
         for old, new, before in self._containers:
-            if not _hold_the_same(new, before):
-                _fill(old, new, back)
+            if ids_in(new) != ids_in(before):
+                fill(old, _moved_back(new, back))
         flags_stay = self._count_hooks() > self._hooks
         for module, twin, before in self._pairs:
             own, now = vars(module), vars(twin)
@@ -70,18 +68,12 @@ class AttributeCopies:
                         _assign(module, name, value)
 
 
-def _is_data(value: Any, depth: int = _DEEPEST) -> bool:
+def _is_data(value: Any) -> bool:
     """Returns whether a value holds no module, however deep."""
-    if isinstance(value, _PLAIN) or hasattr(value, "tobytes"):
-        return True
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    elif not isinstance(value, (list, tuple, set, frozenset, deque)):
-        others = isinstance(value, (nn.Module, type)) or callable(value)
-        if others or not hasattr(value, "__dict__"):
-            return False
-        value = vars(value).values()
-    return depth > 0 and all(_is_data(each, depth - 1) for each in value)
+    return all(
+        isinstance(thing, _PLAIN) or hasattr(thing, "tobytes") or parts_of(thing) is not None
+        for thing in all_in(value)
+    )
 
 
 def _assign(module: nn.Module, name: str, value: Any) -> None:
@@ -91,17 +83,9 @@ def _assign(module: nn.Module, name: str, value: Any) -> None:
         vars(module)[name] = value
 
 
-def _fill(old: Any, new: Any, back: References) -> None:
-    """Gives a container the content of its copy, in place."""
-    content, _ = back.each(new)
-    if isinstance(old, dict):
-        values, _ = back.each(new.values())
-        content = [*zip(content, values, strict=True)]
-    old.clear()
-    (old.extend if isinstance(old, list) else old.update)(content)
-
-
-def _hold_the_same(some: Any, others: Any) -> bool:
-    if isinstance(some, dict):
-        some, others = ([*each, *each.values()] for each in (some, others))
-    return [id(value) for value in some] == [id(value) for value in others]
+def _moved_back(container: Any, back: References) -> Any:
+    content, _ = back.each(container)
+    if not isinstance(container, dict):
+        return content
+    values, _ = back.each(container.values())
+    return dict(zip(content, values, strict=True))

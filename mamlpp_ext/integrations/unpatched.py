@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mamlpp_ext.checks import listing
+from mamlpp_ext.norm import all_in
 from mamlpp_ext.torch_private import graph_leaves
-
-_DEEPEST = 6
 
 
 def refuse_unpatched(fnet: Any, adapted: Mapping[str, Tensor]) -> None:
@@ -74,15 +73,6 @@ def _goes_by(names: list[str], what: str) -> RuntimeError:
     )
 
 
-def _tensors(tree: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:
+def _tensors(tree: Any) -> Iterator[Tensor]:
     """Yields the tensors in an output, in containers and attributes of objects, too."""
-    if isinstance(tree, Tensor):
-        yield tree
-        return
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple, set, type({}.values()))):
-        is_object = hasattr(tree, "__dict__") and not isinstance(tree, (nn.Module, type))
-        tree = vars(tree).values() if is_object else ()
-    for each in tree if depth else ():
-        yield from _tensors(each, depth - 1)
+    return (thing for thing in all_in(tree) if isinstance(thing, Tensor))

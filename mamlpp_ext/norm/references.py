@@ -13,10 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from mamlpp_ext.norm.containers import MOST
 from mamlpp_ext.torch_private import held
-
-# So many things no model holds layers among.
-_MOST = 1000
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -87,7 +85,7 @@ class References:
         if move is None:
             return self._replaced.get(id(value), value)
         # Most containers are empty, large ones hold data, and every inner loop comes by here.
-        if not value or (isinstance(value, Sized) and len(value) > _MOST):
+        if not value or (isinstance(value, Sized) and len(value) > MOST):
             return value
         if id(value) not in self._moved:
             self._moved[id(value)] = value, value  # where it is met within itself

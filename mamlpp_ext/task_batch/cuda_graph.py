@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from mamlpp_ext.checks import listing
 from mamlpp_ext.task_batch.chunks import with_gradients
-from mamlpp_ext.task_batch.contents import same
-from mamlpp_ext.task_batch.state import State, contents
+from mamlpp_ext.task_batch.state import State, changed_names, contents
 from mamlpp_ext.torch_private import forget_workspaces, held
 
 Compute = Callable[[Any, Any], tuple[Sequence[Tensor], Any]]
@@ -130,7 +129,7 @@ def _check_leaves_nothing(run: Callable[[], Any], twin: nn.Module, devices: list
             run()
         found.append(contents(twin))
     buffers = {name for name, _ in twin.named_buffers(remove_duplicate=False)}  # are written to
-    left = [n for n in found[1] if n not in buffers and not same(found[0].get(n), found[1][n])]
+    left = [name for name in changed_names(*found) if name not in buffers]
     start.put_back()
     if left:
         raise RuntimeError(

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.task_batch.contents import MOST, content_of, same
+from mamlpp_ext.norm import MOST, all_in, fill, ids_in
+from mamlpp_ext.task_batch.contents import content_of, copy_of, same, same_tensors
 from mamlpp_ext.torch_private import changes_of, held, is_hooked, is_wrapped, plain_names
 
 _MISSING: Any = object()
@@ -54,17 +55,14 @@ class Place(NamedTuple):
         if self.copy is None:
             return False
         if not isinstance(self.value, Tensor):
-            return _ids(self.value) != _ids(self.copy)
+            return ids_in(self.value) != ids_in(self.copy)
         if changes_of(self.value) != self.changes:
             return True
-        return self.by_value and not same(self.value, self.copy)
+        return self.by_value and not same_tensors(self.value, self.copy)
 
     def put(self, value: Any) -> None:
         """Puts something there, or nothing."""
-        if value is _MISSING:
-            self.own.pop(self.name, None)
-        else:
-            self.own[self.name] = value
+        _put(self.own, self.name, value)
 
     def put_back(self) -> None:
         """Puts there what was there, with the content that it had."""
@@ -72,7 +70,7 @@ class Place(NamedTuple):
         if not self._was_written():
             return
         if not isinstance(self.value, Tensor):
-            _fill(self.value, self.copy)
+            fill(self.value, self.copy)
         elif self.value.shape == self.copy.shape:
             with torch.no_grad():
                 self.value.copy_(self.copy)
@@ -127,13 +125,22 @@ class State:
                 place.put_back()
 
 
-def contents(model: nn.Module) -> dict[str, Any]:
-    """Returns what all that a forward may leave behind in a model holds, by its name."""
-    found = {name: content_of(b) for name, b in model.named_buffers(remove_duplicate=False)}
+def contents(model: nn.Module) -> dict[str, list[Any]]:
+    """Returns what all that a forward may leave behind in a model holds, by its name.
+
+    What is held in several places counts in the first.
+    """
+    seen: set[int] = set()
+    found = {n: content_of(b, seen) for n, b in model.named_buffers(remove_duplicate=False)}
     for path, module in model.named_modules():
-        for name in plain_names(vars(module)):
-            found[f"{path}.{name}".lstrip(".")] = content_of(vars(module)[name])
+        for name in sorted(plain_names(vars(module))):
+            found[f"{path}.{name}".lstrip(".")] = content_of(vars(module)[name], seen)
     return found
+
+
+def changed_names(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> list[str]:
+    """Returns the names of what holds something else than before."""
+    return [name for name in after if not same(before.get(name, []), after[name])]
 
 
 def flags_of(modules: Sequence[nn.Module]) -> tuple[bool, ...]:
@@ -151,18 +158,26 @@ def nothing_wrapped_left(modules: Sequence[nn.Module]) -> Iterator[None]:
     before = []
     for own in [vars(module) for module in modules if _has_code(module)]:
         attributes = {name: own[name] for name in plain_names(own)}
-        before.append((own, attributes, _containers(attributes.values())))
+        copies = [(v, copy) for v in attributes.values() if (copy := _copied(v)) is not None]
+        before.append((own, attributes, copies))
     try:
         yield
     finally:
-        for own, attributes, containers in before:
-            for container, copy in containers:
+        for own, attributes, copies in before:
+            for container, copy in copies:
                 if _holds_wrapped(container):
-                    _fill(container, copy)
+                    fill(container, copy)
             for name in plain_names(own):
                 then = attributes.get(name, _MISSING)
                 if own[name] is not then and _holds_wrapped(own[name]):
-                    Place(own, name, then).put(then)
+                    _put(own, name, then)
+
+
+def _put(own: dict[str, Any], name: str, value: Any) -> None:
+    if value is _MISSING:
+        own.pop(name, None)
+    else:
+        own[name] = value
 
 
 def _buffers_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
@@ -189,33 +204,13 @@ def _place(own: dict[str, Any], name: str, copies: dict[int, Any], every: bool) 
 
 def copied(value: Any) -> Any:
     """Returns a copy of a tensor or small container, and None of anything else."""
-    if isinstance(value, _CONTAINERS) and len(value) <= MOST:
-        return value.copy()
-    if isinstance(value, Tensor) and isinstance(copy := content_of(value), Tensor):
-        return copy
-    return None
+    return copy_of(value) if isinstance(value, Tensor) else _copied(value)
 
 
-def _ids(values: Any) -> list[int]:
-    values = [*values, *values.values()] if isinstance(values, dict) else values
-    return [id(value) for value in values]
+def _copied(value: Any) -> Any:
+    is_small = isinstance(value, _CONTAINERS) and len(value) <= MOST
+    return value.copy() if is_small else None
 
 
-def _containers(values: Any) -> list[tuple[Any, Any]]:
-    return [(v, v.copy()) for v in values if isinstance(v, _CONTAINERS) and len(v) <= MOST]
-
-
-def _fill(container: Any, content: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(content)
-
-
-def _holds_wrapped(value: Any, depth: int = 3) -> bool:
-    if isinstance(value, Tensor):
-        return is_wrapped(value)
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple, set, deque)):
-        others = isinstance(value, nn.Module) or callable(value) or not hasattr(value, "__dict__")
-        value = () if others else vars(value).values()
-    return depth > 0 and len(value) <= MOST and any(_holds_wrapped(v, depth - 1) for v in value)
+def _holds_wrapped(value: Any) -> bool:
+    return any(isinstance(thing, Tensor) and is_wrapped(thing) for thing in all_in(value))

@@ -21,10 +21,9 @@ from mamlpp_ext.checks import listing
 from mamlpp_ext.fast_kernels import check_second_derivatives
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel, Params
 from mamlpp_ext.task_batch.batch import Tasks
-from mamlpp_ext.task_batch.contents import same
 from mamlpp_ext.task_batch.difference import Measured, difference
 from mamlpp_ext.task_batch.settings import Settings
-from mamlpp_ext.task_batch.state import State, contents, flags_of
+from mamlpp_ext.task_batch.state import State, changed_names, contents, flags_of
 from mamlpp_ext.task_batch.step import TaskStep, Way
 from mamlpp_ext.task_batch.ways import alone, by_vmap, by_vmap_of_gradient, cannot_run
 
@@ -130,7 +129,7 @@ def _in_turn(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Nu
     # And the first after another, and after itself.
     carried, once = run(0), contents(model.model)
     again, twice = run(0), contents(model.model)
-    left = [name for name in twice if not same(once.get(name), twice[name])]
+    left = changed_names(once, twice)
     if left or difference(carried, first) or difference(again, first):
         where = f"in {listing(left)}" if left else "(in an object, or outside of the model)"
         raise RuntimeError(
