@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mamlpp_ext.task_batch.generators import Generators
+
 
 class OutputMemory:
     """Where the outputs of many rematerialised calls are kept, in few large blocks.
@@ -70,8 +72,7 @@ class _Rematerialized(torch.autograd.Function):
     ) -> Any:
         ctx.run, ctx.count, ctx.kept, ctx.total = run, count, None, len(tensors)
         kind = tensors[0].device.type
-        ctx.devices = sorted({t.get_device() for t in tensors if t.is_cuda})
-        ctx.random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, ctx.devices)]
+        ctx.generators = Generators(tensors)
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.set_materialize_grads(False)
         if memory is None:
@@ -107,10 +108,9 @@ class _Rematerialized(torch.autograd.Function):
 def _again(ctx: Any) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Runs the function once more; returns its inputs and outputs, joined by a graph."""
     inputs = detached(ctx.saved_tensors[: ctx.count])
-    with torch.random.fork_rng(ctx.devices), torch.enable_grad(), torch.autocast(*ctx.autocast):
-        torch.set_rng_state(ctx.random[0])
-        for device, state in zip(ctx.devices, ctx.random[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+    drawn = torch.random.fork_rng(ctx.generators.devices)
+    with drawn, torch.enable_grad(), torch.autocast(*ctx.autocast):
+        ctx.generators.put_back()
         outputs = ctx.run(*inputs)
         _check_the_same(outputs, ctx.saved_tensors[ctx.total :])
         return inputs, outputs

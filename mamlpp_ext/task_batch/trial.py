@@ -8,9 +8,10 @@ writes through views means something else there.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from mamlpp_ext.fast_kernels import check_second_derivatives
 from mamlpp_ext.task_batch.adapted_model import AdaptedModel, Params
 from mamlpp_ext.task_batch.batch import Tasks
 from mamlpp_ext.task_batch.difference import Measured, difference
+from mamlpp_ext.task_batch.generators import Generators
 from mamlpp_ext.task_batch.settings import Settings
 from mamlpp_ext.task_batch.state import State, changed_names, contents, flags_of
 from mamlpp_ext.task_batch.step import TaskStep, Way
@@ -67,15 +69,17 @@ def way_for(model: AdaptedModel, settings: Settings, tasks: Tasks, size: int) ->
 
 def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Numbers) -> Way:
     with _without_dropout(model.modules):
-        expected = _in_turn(model, settings, tasks, numbers)
-        repeatable = not numbers.were_drawn()
-        both = tasks.of([t[:2] for t in tasks.tensors])
+        singles, both = [*islice(tasks.in_chunks(1), 2)], next(tasks.in_chunks(2))
+        expected = _in_turn(model, settings, singles, numbers)
+        repeatable = not numbers.were_used()
         objections: list[Exception | str] = []
         for way in (by_vmap, by_vmap_of_gradient):
             try:
                 different = difference(_measured(model, settings, both, way), expected)
-                if different and repeatable and _agrees_elsewhere(model, settings, tasks, way):
-                    different = None
+                if different is None or not repeatable:
+                    return way
+                if _agrees_elsewhere(model, settings, singles, both, way):
+                    return way
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -83,22 +87,19 @@ def _tried(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Numb
                 if isinstance(error.__cause__ or error, RuntimeError):
                     continue  # of vmap's rules
                 break
-            if different is None or not repeatable:
-                return way
             objections.append(f"it computes something else than each alone, {different}")
     raise cannot_run(objections[0])
 
 
-def _agrees_elsewhere(model: AdaptedModel, settings: Settings, tasks: Tasks, way: Way) -> bool:
+def _agrees_elsewhere(
+    model: AdaptedModel, settings: Settings, singles: Sequence[Tasks], both: Tasks, way: Way
+) -> bool:
     """Returns whether tasks at once are as each alone from other weights nearby.
 
     Rounding may take a value over a kink, and gradients with it; a wrong rule is wrong everywhere.
     """
-    singles = [tasks.of([t[i : i + 1] for t in tasks.tensors]) for i in range(2)]
-    both = tasks.of([t[:2] for t in tasks.tensors])
     for place in range(1, 4):
-        each = [_measured(model, settings, single, alone, place) for single in singles]
-        expected = [_joined(kind) for kind in zip(*each, strict=True)]
+        expected = _joined(_measured(model, settings, single, alone, place) for single in singles)
         if difference(_measured(model, settings, both, way, place), expected) is None:
             return True
     return False
@@ -113,7 +114,9 @@ def _moved(model: AdaptedModel, adapted: Params, place: int) -> Params:
     return moved
 
 
-def _in_turn(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Numbers) -> Measured:
+def _in_turn(
+    model: AdaptedModel, settings: Settings, singles: Sequence[Tasks], numbers: _Numbers
+) -> Measured:
     """Returns what is measured of two tasks, one after the other.
 
     Raises:
@@ -122,8 +125,7 @@ def _in_turn(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Nu
 
     def run(i: int) -> Measured:
         numbers.put_back()
-        single = tasks.of([t[i : i + 1] for t in tasks.tensors])
-        return _measured(model, settings, single, alone)
+        return _measured(model, settings, singles[i], alone)
 
     first, second = run(0), run(1)
     # And the first after another, and after itself.
@@ -137,11 +139,12 @@ def _in_turn(model: AdaptedModel, settings: Settings, tasks: Tasks, numbers: _Nu
             "with, and of several tasks at once none comes after another; pass chunk_size=1 to run "
             "the tasks one by one"
         )
-    return [_joined(kind) for kind in zip(first, second, strict=True)]
+    return _joined([first, second])
 
 
-def _joined(each: Sequence[list[Tensor]]) -> list[Tensor]:
-    return [torch.cat(parts) for parts in zip(*each, strict=True)]
+def _joined(each: Iterable[Measured]) -> Measured:
+    kinds = zip(*each, strict=True)
+    return [[torch.cat(parts) for parts in zip(*kind, strict=True)] for kind in kinds]
 
 
 def _measured(
@@ -190,27 +193,19 @@ def _without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
             held[name] = share
 
 
-class _Numbers:
-    """Where the generators of random numbers stand."""
+class _Numbers(Generators):
+    """Where the generators stand, Python's own among them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.devices = sorted({t.get_device() for t in tensors if t.is_cuda})
-        self._states, self._plain = self._now(), random.getstate()
-
-    def _now(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
+        super().__init__(tensors)
+        self._plain = random.getstate()
 
     def put_back(self) -> None:
-        """Has the same numbers drawn again."""
-        torch.set_rng_state(self._states[0])
-        for device, state in zip(self.devices, self._states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+        super().put_back()
         random.setstate(self._plain)
 
-    def were_drawn(self) -> bool:
-        """Returns whether any has been drawn since."""
-        pairs = zip(self._states, self._now(), strict=True)
-        return random.getstate() != self._plain or not all(torch.equal(*pair) for pair in pairs)
+    def were_used(self) -> bool:
+        return super().were_used() or random.getstate() != self._plain
 
 
 @contextmanager
@@ -225,6 +220,7 @@ def _left_as_it_was(model: AdaptedModel, tensors: Sequence[Tensor]) -> Iterator[
     except BaseException:
         start.put_back()
         raise
-    finally:
+    else:
         start.put_back_buffers()
+    finally:
         numbers.put_back()
