@@ -5,13 +5,13 @@ Not what higher itself assigns there: ``_flat_weights``, the adapted weights of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mamlpp_ext.integrations.twins import Twins
 from mamlpp_ext.norm import References, all_in, fill, ids_in, parts_of
 from mamlpp_ext.torch_private import hooks_of, plain_names
 
@@ -24,20 +24,13 @@ class AttributeCopies:
     """The plain attributes of a model and the copies that its patched twin works on.
 
     Args:
-        pairs: each module of the model, and its twin.
-        references: what made that which refers to the modules refer to the twins.
-        back: what turns that back.
+        twins: what stands for what in the patched model.
     """
 
-    def __init__(
-        self,
-        pairs: Iterable[tuple[nn.Module, nn.Module]],
-        references: References,
-        back: References,
-    ) -> None:
-        self._pairs = [(module, twin, vars(twin).copy()) for module, twin in pairs]
-        self._containers = [(old, new, new.copy()) for old, new in references.containers()]
-        self._back, self._hooks = back, self._count_hooks()
+    def __init__(self, twins: Twins) -> None:
+        self._pairs = [(module, twin, vars(twin).copy()) for module, twin in twins.pairs]
+        self._containers = [(old, new, new.copy()) for old, new in twins.references.containers()]
+        self._back, self._hooks = twins.back, self._count_hooks()
 
     def _count_hooks(self) -> int:
         return sum(len(hooks) for _, twin, _ in self._pairs for hooks in hooks_of(twin).values())

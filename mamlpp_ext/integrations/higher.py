@@ -72,7 +72,7 @@ class DifferentiableLSLR(higher.optim.DifferentiableOptimizer):
         (group,) = other.param_groups
         self._initial = dict(zip(self.lslr.names, group["params"], strict=True))
         if self._fmodel is not None:
-            self.pairs, *self.references = complete_twins(other.module, self._fmodel)
+            self.twins = complete_twins(other.module, self._fmodel)
             refuse_unpatched(self._fmodel, self._initial)
 
     def step(
@@ -215,7 +215,7 @@ def innerloop_ctx(
         twice_differentiable(net, second_order=second_order and track_higher_grads),
     ):
         fnet, diffopt = _patched(net, optimizer, track_higher_grads)
-        copies = BufferCopies(diffopt.pairs), AttributeCopies(diffopt.pairs, *diffopt.references)
+        copies = BufferCopies(diffopt.twins.pairs), AttributeCopies(diffopt.twins)
         yield fnet, diffopt
         if track_higher_grads:
             for kind in copies:

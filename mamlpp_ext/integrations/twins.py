@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,9 +24,21 @@ from mamlpp_ext.norm import FusedSequential, References
 from mamlpp_ext.torch_private import forget_compiled, held, hold_parameters, hooks_of
 
 
-def complete_twins(
-    net: nn.Module, fnet: Any
-) -> tuple[list[tuple[nn.Module, nn.Module]], References, References]:
+class Twins(NamedTuple):
+    """What stands for what in a patched model.
+
+    Attributes:
+        pairs: each module of the model, once, and its twin.
+        references: what turned references to the model's own into such to the copies.
+        back: what turns them back.
+    """
+
+    pairs: list[tuple[nn.Module, nn.Module]]
+    references: References
+    back: References
+
+
+def complete_twins(net: nn.Module, fnet: Any) -> Twins:
     """Gives the patched model what the model has: hooks, shared layers, references to its own.
 
     Args:
@@ -34,8 +46,7 @@ def complete_twins(
         fnet: what higher made of it.
 
     Returns:
-        Each module of the model, once, and its twin; what turned references to the model's into
-        such to the copies; and what turns them back.
+        What stands for what in it.
 
     Raises:
         ValueError: if hooks or functions of the model name a module of it as a global.
@@ -66,7 +77,8 @@ def complete_twins(
             "mamlpp_ext.integrations.torchopt, which patch nothing"
         )
     _keep_parameters_current(type(fnet))
-    return pairs, references, references.reversed({id(copy): own for own, copy in copied})
+    back = references.reversed({id(copy): own for own, copy in copied})
+    return Twins(pairs, references, back)
 
 
 def _paired(net: nn.Module, fnet: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

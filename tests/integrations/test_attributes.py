@@ -16,12 +16,11 @@ import mamlpp_ext as mpp
 pytest.importorskip("higher")
 pytest.importorskip("torchopt")
 
+from loops_of_state import STEPS, in_higher, in_place_of_all, in_torchopt
 from mamlpp_ext.integrations import higher as mpp_higher
-from mamlpp_ext.integrations import torchopt as mpp_torchopt
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-STEPS = 2
 Change = Callable[[Any, Tensor], None]
 
 
@@ -100,40 +99,6 @@ def problem(case: str) -> tuple[Keeping, mpp.LSLR, list[Tensor]]:
     torch.manual_seed(0)
     net = Keeping(CHANGES[case])
     return net, mpp.LSLR(net, STEPS), [torch.randn(4, 3), torch.randn(4, 2)]
-
-
-def in_higher(net: nn.Module, lslr: mpp.LSLR, x: Tensor, y: Tensor, steps: int = STEPS) -> Tensor:
-    with mpp_higher.innerloop_ctx(net, lslr) as (fnet, diffopt):
-        for _ in range(steps):
-            diffopt.step(F.mse_loss(fnet(x), y))
-        return F.mse_loss(fnet(x), y)
-
-
-def in_torchopt(net: nn.Module, lslr: mpp.LSLR, x: Tensor, y: Tensor) -> Tensor:
-    with mpp_torchopt.innerloop_ctx(net, lslr) as inner_opt:
-        for _ in range(STEPS):
-            inner_opt.step(F.mse_loss(net(x), y))
-        return F.mse_loss(net(x), y)
-
-
-def in_place_of_all(net: nn.Module, lslr: mpp.LSLR, x: Tensor, y: Tensor) -> Tensor:
-    """Plain torch: weights put in their place, the net as it is."""
-    layers: dict[str, Any] = {"body": net.body, "head": net.head}
-    own = {name: dict(layer.named_parameters()) for name, layer in layers.items()}
-    params = {f"{name}.{part}": p for name, parts in own.items() for part, p in parts.items()}
-    try:
-        for step in range(STEPS):
-            grads = torch.autograd.grad(
-                F.mse_loss(net(x), y), [*params.values()], create_graph=True
-            )
-            for i, ((name, p), g) in enumerate(zip(params.items(), grads, strict=True)):
-                place, part = name.split(".")
-                params[name] = p - lslr.rates[i, step] * g
-                layers[place]._parameters[part] = params[name]
-        return F.mse_loss(net(x), y)
-    finally:
-        for name, layer in layers.items():
-            layer._parameters.update(own[name])
 
 
 def kept(net: Any) -> list[Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_ext as mpp
@@ -16,12 +15,11 @@ import mamlpp_ext as mpp
 pytest.importorskip("higher")
 pytest.importorskip("torchopt")
 
+from loops_of_state import PATHS, STEPS, in_place_of_all
 from mamlpp_ext.integrations import higher as mpp_higher
-from mamlpp_ext.integrations import torchopt as mpp_torchopt
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-STEPS = 2
 Change = Callable[[Any, Tensor], None]
 
 
@@ -107,52 +105,6 @@ def problem(case: str) -> tuple[nn.Module, list[Tensor]]:
     return Keeping(change, kept()), [torch.randn(4, 3), torch.randn(4, 2)]
 
 
-def in_higher(net: nn.Module, lslr: mpp.LSLR, x: Tensor, y: Tensor) -> Tensor:
-    with mpp_higher.innerloop_ctx(net, lslr) as (fnet, diffopt):
-        for _ in mpp.inner_steps(fnet, STEPS):
-            diffopt.step(F.mse_loss(fnet(x), y))
-        return F.mse_loss(fnet(x), y)
-
-
-def in_torchopt(net: nn.Module, lslr: mpp.LSLR, x: Tensor, y: Tensor) -> Tensor:
-    with mpp_torchopt.innerloop_ctx(net, lslr) as inner_opt:
-        for _ in mpp.inner_steps(net, STEPS):
-            inner_opt.step(F.mse_loss(net(x), y))
-        return F.mse_loss(net(x), y)
-
-
-def in_place_of_all(net: nn.Module, lslr: mpp.LSLR, x: Tensor, y: Tensor) -> Tensor:
-    """Plain torch: weights put in their place, the net as it is."""
-    own = dict(net.layer.named_parameters())
-    params = dict(own)
-    try:
-        for step in range(STEPS):
-            loss = F.mse_loss(net(x), y)
-            grads = torch.autograd.grad(loss, [*params.values()], create_graph=True)
-            params = {
-                name: p - lslr.rates[i, step] * g
-                for i, ((name, p), g) in enumerate(zip(params.items(), grads, strict=True))
-            }
-            net.layer._parameters.update(params)
-        return F.mse_loss(net(x), y)
-    finally:
-        net.layer._parameters.update(own)
-
-
-def one_step_too_many(path: str, net: nn.Module, lslr: mpp.LSLR, x: Tensor, y: Tensor) -> None:
-    if path == "higher":
-        with mpp_higher.innerloop_ctx(net, lslr) as (fnet, diffopt):
-            for _ in range(STEPS + 1):
-                diffopt.step(F.mse_loss(fnet(x), y))
-    else:
-        with mpp_torchopt.innerloop_ctx(net, lslr) as inner_opt:
-            for _ in range(STEPS + 1):
-                inner_opt.step(F.mse_loss(net(x), y))
-
-
-PATHS = {"higher": in_higher, "torchopt": in_torchopt}
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("case", CASES)
 def test_buffers_come_back_as_in_plain_torch(case: str, path: str) -> None:
@@ -178,7 +130,7 @@ def test_a_graph_from_before_can_still_be_gone_back(case: str, path: str, fails:
     lslr = mpp.LSLR(net, STEPS)
     if fails:
         with pytest.raises(ValueError, match="inner step 2"):
-            one_step_too_many(path, net, lslr, x, y)
+            PATHS[path](net, lslr, x, y, STEPS + 1)
     else:
         PATHS[path](net, lslr, x, y).backward()
     before.backward()
@@ -191,7 +143,7 @@ def test_a_failure_leaves_the_buffers_as_they_were(case: str, path: str) -> None
     net, (x, y) = problem(case)
     places = {name: (b, copy.deepcopy(b)) for name, b in net._buffers.items()}
     with pytest.raises(ValueError, match="inner step 2"):
-        one_step_too_many(path, net, mpp.LSLR(net, STEPS), x, y)
+        PATHS[path](net, mpp.LSLR(net, STEPS), x, y, STEPS + 1)
     assert net._buffers.keys() == places.keys()
     for name, (buffer, value) in places.items():
         if case != "resized":

@@ -214,6 +214,13 @@ UNTOUCHED = {
 }
 
 
+def one_by_one_and_at_once(net: nn.Module, rematerialize: bool) -> None:
+    batch = (torch.randn(2, 4, 3), torch.randn(2, 4, 2)) * 2
+    for size in (1, None):
+        how = {"num_steps": 2, "chunk_size": size, "rematerialize": rematerialize}
+        mpp.task_batch_loss(net, mpp.LSLR(net, 2), batch, F.mse_loss, **how).loss.backward()
+
+
 @pytest.mark.parametrize("rematerialize", [True, False])
 @pytest.mark.parametrize("kind", UNTOUCHED)
 @pytest.mark.filterwarnings("ignore")  # of torch, about prototypes
@@ -225,25 +232,15 @@ def test_what_cannot_be_compared_is_left_alone(kind: str, rematerialize: bool) -
     net.kept = UNTOUCHED[kind]()
     if kind == "sparse":
         net.register_buffer("adjacent", UNTOUCHED[kind]())
-    batch = (torch.randn(2, 4, 3), torch.randn(2, 4, 2)) * 2
-    for size in (1, None):
-        mpp.task_batch_loss(
-            net, mpp.LSLR(net, 2), batch, F.mse_loss,
-            num_steps=2, chunk_size=size, rematerialize=rematerialize,
-        ).loss.backward()  # fmt: skip
+    one_by_one_and_at_once(net, rematerialize)
 
 
 def test_inference_tensors_are_left_alone() -> None:
     net = Keeping(mask_made_once)
     with torch.inference_mode():
         net(torch.randn(4, 3))
-    batch = (torch.randn(2, 4, 3), torch.randn(2, 4, 2)) * 2
     net.given = lambda net, x: net.layer(x)
-    for size in (1, None):
-        mpp.task_batch_loss(
-            net, mpp.LSLR(net, 2), batch, F.mse_loss,
-            num_steps=2, chunk_size=size, rematerialize=True,
-        ).loss.backward()  # fmt: skip
+    one_by_one_and_at_once(net, rematerialize=True)
 
 
 def test_one_alone_is_not_tried() -> None:
