@@ -46,8 +46,10 @@ def about_statistics(module: nn.Module) -> list[str]:
         return []
     return [
         f"problem: no forward has updated the running statistics of {listing(idle)}, though "
-        "gradients were taken: the inner loops ran in eval mode or inside frozen_statistics. Call "
-        f"model.train() before each inner loop: {_PAGE}#layers-in-eval-mode"
+        "gradients were taken: the inner loops ran in eval mode or inside frozen_statistics (call "
+        "model.train() before each), or the updates were taken back (torchopt's "
+        "extract_state_dict wants with_buffers=False in training): "
+        f"{_PAGE}#layers-in-eval-mode"
     ]
 
 

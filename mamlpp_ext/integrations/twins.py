@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import listing
+from mamlpp_ext.integrations.shared_memory import keep_memory_shared
 from mamlpp_ext.lslr import without_hooks
 from mamlpp_ext.norm import FusedSequential, References
 from mamlpp_ext.torch_private import forget_compiled, held, hold_parameters, hooks_of
@@ -52,7 +53,8 @@ def complete_twins(net: nn.Module, fnet: Any) -> Twins:
         ValueError: if hooks or functions of the model name a module of it as a global.
     """
     pairs = _paired(net, fnet)
-    copied = [*_copied(pairs)]
+    sharing = keep_memory_shared(pairs)
+    copied = [*_copied(pairs), *sharing]
     references = References({id(own): copy for own, copy in copied})
     for module, twin in pairs:
         own = vars(twin)

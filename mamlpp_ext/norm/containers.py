@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from types import FunctionType
 from typing import Any
+
+from torch import nn
 
 MOST = 1000  # larger containers hold data, no layers
 _ENOUGH = 10_000
@@ -14,14 +17,16 @@ def parts_of(value: Any) -> Collection[Any] | None:
     """Returns what is in a container, or in an object's attributes; None of anything else.
 
     A dict's keys are among it. Modules are not taken apart, as whoever looks through a model has
-    each, nor is what can be called.
+    each, nor are classes and functions, with what these capture.
     """
     if isinstance(value, dict):
         return [*value, *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return value
-    if callable(value) or not hasattr(value, "__dict__"):  # modules and classes can be called
+    if isinstance(value, (nn.Module, type)) or not hasattr(value, "__dict__"):
         return None
+    if callable(value) and not isinstance(type(value).__call__, FunctionType):
+        return None  # a function, a bound method, a partial, not an object of a class of Python's
     return parts_of(vars(value))
 
 

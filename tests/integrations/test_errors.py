@@ -146,6 +146,20 @@ class CallsByObject(nn.Module):
         return self.last(self.body(x))
 
 
+class Counts(nn.Module):
+    """A model whose buffer an object counts in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.last = Caller(self.calls)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.layer(x)
+
+
 class MakesLayer(nn.Module):
     """A model that makes its head when it is called."""
 
@@ -345,6 +359,12 @@ OTHER_MODELS: Table = {
         lambda n: steps_in_higher(n, 1),
         RuntimeError,
         ("'head.weight', 'head.bias' of the model itself", "mamlpp_ext.integrations.torchopt"),
+    ),
+    "higher, a buffer that an object holds": (
+        Counts,
+        lambda n: steps_in_higher(n, 1),
+        RuntimeError,
+        ("in the attribute 'last' of this Counts", "keep the tensor itself", "torchopt"),
     ),
     "higher, a layer made by the forward": (
         MakesLayer,

@@ -84,6 +84,37 @@ def test_weights_of_the_model_itself_in_a_patched_forward(
     assert net.calls == 0
 
 
+class Parts(nn.Module):
+    """Is called part by part; a part calls its own layer, and what an object holds of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.part = nn.Linear(3, 4), Both(OTHERS["called"])
+        self.part.body = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_a_part_that_is_called_by_itself_is_looked_at(second_order: bool) -> None:
+    net, x = Parts(), torch.randn(5, 3)
+    said = "output of the patched model depends on .*'part.head.weight'"
+    with (
+        pytest.raises(RuntimeError, match=said),
+        mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 2), second_order=second_order) as (fnet, opt),
+    ):
+        opt.step(fnet.part(fnet.body(x)).square().mean())
+    assert net.part.calls == 0
+
+
+def test_parts_called_by_themselves_may_follow_each_other() -> None:
+    net, x = Parts(), torch.randn(5, 3)
+    net.part.other = lambda held, h, y, calls: y
+    with mpp_higher.innerloop_ctx(net, mpp.LSLR(net, 2)) as (fnet, diffopt):
+        for _ in range(2):
+            diffopt.step(fnet.part(fnet.body(x)).square().mean())
+        fnet.part(fnet.body(x)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
 def test_terms_and_inputs_outside_of_the_model_may() -> None:
     """A proximal term, and inputs that another part of the model made."""
     torch.manual_seed(0)

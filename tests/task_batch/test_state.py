@@ -20,6 +20,16 @@ pytestmark = pytest.mark.usefixtures("float64")
 Forward = Callable[[Any, Tensor], Tensor]
 
 
+class Scale:
+    """An object that can be called, and counts."""
+
+    calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
 class Keeping(nn.Module):
     """A layer whose forward is given, and what that may keep."""
 
@@ -28,7 +38,7 @@ class Keeping(nn.Module):
         self.inner, self.given = nn.ModuleDict({"layer": nn.Linear(3, 2)}), forward
         self.kept: Any = None
         self.calls, self.seen, self.several = 0, [0.0], {"mean": torch.zeros(2)}
-        self.counter, self.array = Counter(), np.zeros(1)
+        self.counter, self.scale, self.array = Counter(), Scale(), np.zeros(1)
         self.register_buffer("count", torch.zeros(()))
 
     def layer(self, x: Tensor) -> Tensor:
@@ -88,6 +98,10 @@ def counted_by_an_object(net: Any, x: Tensor) -> Tensor:
     return net.layer(x)
 
 
+def counted_by_a_function(net: Any, x: Tensor) -> Tensor:
+    return net.layer(net.scale(x))
+
+
 def counted_by_an_array(net: Any, x: Tensor) -> Tensor:
     net.array += 1
     return net.layer(x) if net.array[0] < 100 else 2 * net.layer(x)
@@ -101,6 +115,7 @@ GOES_ON = {
     averaged: "'several'",
     appended: "'seen'",
     counted_by_an_object: "'counter'",
+    counted_by_a_function: "'scale'",
     counted_by_an_array: "'array'",
 }
 
