@@ -23,7 +23,6 @@ from mamlpp_ext.integrations.attributes import AttributeCopies
 from mamlpp_ext.integrations.buffers import BufferCopies, buffers_kept_on_error
 from mamlpp_ext.integrations.exclusive import exclusive
 from mamlpp_ext.integrations.lslr_optimizer import LSLROptimizer
-from mamlpp_ext.integrations.shared_memory import HeldByObjects
 from mamlpp_ext.integrations.twins import complete_twins
 from mamlpp_ext.integrations.unpatched import refuse_loss_of_unpatched, refuse_unpatched
 from mamlpp_ext.lslr import LSLR, support_gradients
@@ -218,9 +217,8 @@ def innerloop_ctx(
     ):
         fnet, diffopt = _patched(net, optimizer, track_higher_grads)
         copies = BufferCopies(diffopt.twins.pairs), AttributeCopies(diffopt.twins)
-        held = HeldByObjects(diffopt.twins.pairs)
         yield fnet, diffopt
-        held.refuse_changed()
+        diffopt.twins.memory.refuse_changed()
         if track_higher_grads:
             for kind in copies:
                 kind.write_back()

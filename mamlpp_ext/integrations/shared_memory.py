@@ -7,12 +7,11 @@ and an attribute that is a view of a buffer would stay with the model's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.norm import MOST, all_in
+from mamlpp_ext.norm import MOST, parts_of
 from mamlpp_ext.torch_private import changes_of, held, plain_names
 
 Pairs = list[tuple[nn.Module, nn.Module]]
@@ -21,72 +20,56 @@ _CONTAINERS = (list, tuple, set, frozenset, dict)  # in which references are fol
 _NO_TENSORS = frozenset((type(None), bool, int, float, str, type))
 
 
-def keep_memory_shared(pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
-    """Lets the copies of buffers share memory where the buffers do.
+class SharedMemory:
+    """What shares memory with the buffers of a model; their copies share theirs from now on.
 
     Args:
         pairs: each module of the model, and its twin.
 
-    Returns:
-        Each tensor that shares memory with a buffer and stands in an attribute, or in a container
-        there, with what stands for it beside the copies.
-    """
-    sharing: dict[_Place | None, dict[int, Tensor]] = {}
-    for buffer, _ in _buffers(pairs):
-        if (place := _place(buffer)) is not None:
-            sharing.setdefault(place, {})[id(buffer)] = buffer
-    kept: dict[int, Tensor] = {}
-    for module, _ in pairs if sharing else ():
-        for tensor in _in_containers(_plain(module)):
-            tensors = sharing.get(_place(tensor))
-            if tensors is not None and id(tensor) not in tensors:
-                tensors[id(tensor)] = kept[id(tensor)] = tensor
-    copies: dict[int, Tensor] = {}
-    for tensors in sharing.values():
-        if len(tensors) > 1:
-            copies.update(_copies(tensors))
-    for module, twin in pairs if copies else ():
-        own, theirs = held(module, "buffers"), held(twin, "buffers")
-        theirs.update({name: copies[id(b)] for name, b in own.items() if id(b) in copies})
-    return [(tensor, copies[i]) for i, tensor in kept.items()]
-
-
-class HeldByObjects:
-    """Buffers that objects hold, where no copy can be put: found once a forward has changed them.
-
-    Args:
-        pairs: each module of the model, and its twin.
+    Attributes:
+        kept: each tensor that does and stands in an attribute, or in a container there, with what
+            stands for it beside the copies.
     """
 
     def __init__(self, pairs: Pairs) -> None:
-        self._modules = [module for module, _ in pairs]
+        sharing: dict[_Place | None, dict[int, Tensor]] = {}
+        for buffer, _ in _buffers(pairs):
+            if (place := _place(buffer)) is not None:
+                sharing.setdefault(place, {})[id(buffer)] = buffer
+        kept: dict[int, Tensor] = {}
+        self._objects: dict[_Place | None, RuntimeError] = {}
+        for module, _ in pairs if sharing else ():
+            for name, tensor, is_followed in _tensors_of(module):
+                place = _place(tensor)
+                if place not in sharing:
+                    continue
+                if not is_followed:
+                    self._objects[place] = _held(module, name)
+                elif id(tensor) not in sharing[place]:
+                    sharing[place][id(tensor)] = kept[id(tensor)] = tensor
+        copies: dict[int, Tensor] = {}
+        for tensors in sharing.values():
+            if len(tensors) > 1:
+                copies.update(_copies(tensors))
+        for module, twin in pairs if copies else ():
+            own, theirs = held(module, "buffers"), held(twin, "buffers")
+            theirs.update({name: copies[id(b)] for name, b in own.items() if id(b) in copies})
+        self.kept = [(tensor, copies[i]) for i, tensor in kept.items()]
         self._seen = [
-            (_place(buffer), [(tensor, changes_of(tensor)) for tensor in (buffer, copy)])
-            for buffer, copy in _buffers(pairs)
+            (_place(buffer), tensor, changes_of(tensor))
+            for pair in (_buffers(pairs) if self._objects else ())
+            for buffer, tensor in ((pair[0], pair[0]), pair)
         ]
 
     def refuse_changed(self) -> None:
-        """Finds buffers that the forward changed and that an object holds, too.
+        """Finds buffers that the forward changed and that an object holds, where no copy can be.
 
         Raises:
             RuntimeError: if there are any.
         """
-        changed = {
-            place
-            for place, counted in self._seen
-            if any(changes_of(tensor) != count for tensor, count in counted)
-        }
-        for module in self._modules if changed else ():
-            own = _plain(module)
-            followed = {id(tensor) for tensor in _in_containers(own)}
-            for name, value in own.items():
-                for thing in all_in(value):
-                    if (
-                        isinstance(thing, Tensor)
-                        and id(thing) not in followed
-                        and _place(thing) in changed - {None}
-                    ):
-                        raise _held(module, name)
+        for place, tensor, count in self._seen:
+            if place in self._objects and changes_of(tensor) != count:
+                raise self._objects[place]
 
 
 def _held(module: nn.Module, name: str) -> RuntimeError:
@@ -107,22 +90,19 @@ def _buffers(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
                 yield buffer, theirs[name]
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """Returns those attributes of a module that may hold tensors."""
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yields tensors in plain attributes, by name, and whether references there are followed."""
     own = vars(module)
-    return {n: own[n] for n in plain_names(own) if type(own[n]) not in _NO_TENSORS}
-
-
-def _in_containers(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in a container, however deep, where references are followed."""
-    stack, seen = [value], set[int]()
+    stack = [(n, own[n], True) for n in plain_names(own) if type(own[n]) not in _NO_TENSORS]
+    seen = set[int]()
     while stack:
-        value = stack.pop()
+        name, value, is_followed = stack.pop()
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, _CONTAINERS) and id(value) not in seen and len(value) <= MOST:
+            yield name, value, is_followed
+        elif id(value) not in seen and (parts := parts_of(value)) and len(parts) <= MOST:
             seen.add(id(value))
-            stack += value.values() if isinstance(value, dict) else value
+            is_followed = is_followed and isinstance(value, _CONTAINERS)
+            stack += [(name, p, is_followed) for p in parts if type(p) not in _NO_TENSORS]
 
 
 def _place(tensor: Tensor) -> _Place | None:

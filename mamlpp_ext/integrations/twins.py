@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import listing
-from mamlpp_ext.integrations.shared_memory import keep_memory_shared
+from mamlpp_ext.integrations.shared_memory import SharedMemory
 from mamlpp_ext.lslr import without_hooks
 from mamlpp_ext.norm import FusedSequential, References
 from mamlpp_ext.torch_private import forget_compiled, held, hold_parameters, hooks_of
@@ -32,11 +32,13 @@ class Twins(NamedTuple):
         pairs: each module of the model, once, and its twin.
         references: what turned references to the model's own into such to the copies.
         back: what turns them back.
+        memory: what shares memory with buffers.
     """
 
     pairs: list[tuple[nn.Module, nn.Module]]
     references: References
     back: References
+    memory: SharedMemory
 
 
 def complete_twins(net: nn.Module, fnet: Any) -> Twins:
@@ -53,8 +55,8 @@ def complete_twins(net: nn.Module, fnet: Any) -> Twins:
         ValueError: if hooks or functions of the model name a module of it as a global.
     """
     pairs = _paired(net, fnet)
-    sharing = keep_memory_shared(pairs)
-    copied = [*_copied(pairs), *sharing]
+    memory = SharedMemory(pairs)
+    copied = [*_copied(pairs), *memory.kept]
     references = References({id(own): copy for own, copy in copied})
     for module, twin in pairs:
         own = vars(twin)
@@ -80,7 +82,7 @@ def complete_twins(net: nn.Module, fnet: Any) -> Twins:
         )
     _keep_parameters_current(type(fnet))
     back = references.reversed({id(copy): own for own, copy in copied})
-    return Twins(pairs, references, back)
+    return Twins(pairs, references, back, memory)
 
 
 def _paired(net: nn.Module, fnet: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
