@@ -184,10 +184,13 @@ def test_what_a_page_shows_of_a_loop_runs(name: str, net: torch.nn.Module, task:
     """With the names of higher's and torchopt's own examples, three inner steps instead of five."""
     x_support, y_support, x_target, y_target = task
     lslr = mpp.LSLR(net, 3)
+    adapter = importlib.import_module(f"mamlpp_ext.integrations.{name}")
     names = {
         "mpp": mpp,
         "F": torch.nn.functional,
-        "innerloop_ctx": importlib.import_module(f"mamlpp_ext.integrations.{name}").innerloop_ctx,
+        **vars(adapter),
+        "higher": adapter,
+        "torchopt": importlib.import_module("torchopt"),
         "net": net,
         "lslr": lslr,
         "msl": mpp.MultiStepLoss(3, anneal_epochs=10),
@@ -201,6 +204,7 @@ def test_what_a_page_shows_of_a_loop_runs(name: str, net: torch.nn.Module, task:
         "x_qry": [x_target],
         "y_qry": [y_target],
         "i": 0,
+        "task_num": 1,
         "n_inner_iter": 3,
         "qry_accs": [],
         "qry_losses": [],
@@ -210,3 +214,4 @@ def test_what_a_page_shows_of_a_loop_runs(name: str, net: torch.nn.Module, task:
         exec(block.replace("inner_steps(net, 5)", "inner_steps(net, 3)"), names)
     assert blocks
     assert lslr.rates.grad.abs().sum() > 0
+    assert names["qry_losses"]

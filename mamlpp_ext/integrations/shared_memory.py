@@ -37,28 +37,20 @@ class SharedMemory:
             if (place := _place(buffer)) is not None:
                 sharing.setdefault(place, {})[id(buffer)] = buffer
         kept: dict[int, Tensor] = {}
-        self._objects: dict[_Place | None, RuntimeError] = {}
+        self._holders: dict[_Place | None, tuple[nn.Module, str]] = {}
         for module, _ in pairs if sharing else ():
             for name, tensor, is_followed in _tensors_of(module):
                 place = _place(tensor)
-                if place not in sharing:
-                    continue
-                if not is_followed:
-                    self._objects[place] = _held(module, name)
-                elif id(tensor) not in sharing[place]:
+                if place in sharing and not is_followed:
+                    self._holders[place] = module, name
+                elif place in sharing and id(tensor) not in sharing[place]:
                     sharing[place][id(tensor)] = kept[id(tensor)] = tensor
-        copies: dict[int, Tensor] = {}
-        for tensors in sharing.values():
-            if len(tensors) > 1:
-                copies.update(_copies(tensors))
-        for module, twin in pairs if copies else ():
-            own, theirs = held(module, "buffers"), held(twin, "buffers")
-            theirs.update({name: copies[id(b)] for name, b in own.items() if id(b) in copies})
+        copies = _replace(pairs, [tensors for tensors in sharing.values() if len(tensors) > 1])
         self.kept = [(tensor, copies[i]) for i, tensor in kept.items()]
         self._seen = [
             (_place(buffer), tensor, changes_of(tensor))
-            for pair in (_buffers(pairs) if self._objects else ())
-            for buffer, tensor in ((pair[0], pair[0]), pair)
+            for buffer, copy in (_buffers(pairs) if self._holders else ())
+            for tensor in (buffer, copy)
         ]
 
     def refuse_changed(self) -> None:
@@ -68,8 +60,19 @@ class SharedMemory:
             RuntimeError: if there are any.
         """
         for place, tensor, count in self._seen:
-            if place in self._objects and changes_of(tensor) != count:
-                raise self._objects[place]
+            if place in self._holders and changes_of(tensor) != count:
+                raise _held(*self._holders[place])
+
+
+def _replace(pairs: Pairs, sharing: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+    """Puts copies that share memory in the place of the twins' buffers; returns them, by id."""
+    copies: dict[int, Tensor] = {}
+    for tensors in sharing:
+        copies.update(_copies(tensors))
+    for module, twin in pairs if copies else ():
+        own, theirs = held(module, "buffers"), held(twin, "buffers")
+        theirs.update({name: copies[id(b)] for name, b in own.items() if id(b) in copies})
+    return copies
 
 
 def _held(module: nn.Module, name: str) -> RuntimeError:
