@@ -26,12 +26,22 @@ from typing import Any
 import torch
 
 import reference
-from contenders import BATCH, GRAPH, PEERS, Pair, memory_questions, pairs, table_of
+from contenders import (
+    BATCH,
+    GRAPH,
+    PEERS,
+    TRAINED_BY,
+    Pair,
+    memory_questions,
+    pairs,
+    table_of,
+)
 from launches import launches
 from mamlpp_ext.benchmark.__main__ import environment
 from mamlpp_ext.benchmark.measure import alternate, in_fresh_process, in_this_process
 from mamlpp_ext.benchmark.question import Question, memory_and_time
 from problems import PROBLEMS
+from trainings import KINDS
 
 HERE = Path(__file__).parent
 
@@ -58,6 +68,19 @@ def time_pair(pair: Pair, rounds: int) -> dict[str, Any]:
     }
     seconds = alternate(runs, rounds, pair.question.device)
     return {"kind": "time", "name": pair.name, "goal": pair.goal, "seconds": seconds}
+
+
+def time_schedules(ways: int, loop: str, flags: argparse.Namespace) -> dict[str, Any]:
+    """Returns the record of MAML and of each kind of iteration in a training by MAML++."""
+    problem = replace(PROBLEMS[f"Conv4-64 {ways}-way"], tasks=2, threads=flags.threads)
+    problem = replace(problem, device=flags.device)
+    prepared = problem.prepare()
+    runs = {"MAML": problem.iteration(prepared, "MAML", loop)}
+    for kind, (second_order, multi_step) in KINDS.items():
+        asked = replace(problem, second_order=second_order, multi_step=multi_step)
+        runs[kind] = asked.iteration(prepared, "MAML++", loop)
+    seconds = alternate(runs, flags.rounds, flags.device)
+    return {"kind": "schedules", "name": f"{loop}, {ways}-way", "seconds": seconds}
 
 
 def time_reference(checkout: Path, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
@@ -127,6 +150,9 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if "MAML++ / MAML in bare torch" in pair.name:
                 question = replace(pair.question, **fixed)
                 yield layouts(pair.name.partition(", ")[2], question, flags.rounds)
+        for ways in (5, 20):
+            for loop in TRAINED_BY:
+                yield time_schedules(ways, loop, flags)
         for contender in (*PEERS, BATCH, GRAPH) if flags.device != "cpu" else ():
             question = replace(PROBLEMS["Conv4-64 5-way"], **fixed)
             iteration = question.iteration(question.prepare(), *contender)

@@ -14,6 +14,7 @@ TASK_LOOPS = [loop for loop in LOOPS if loop not in BATCHED]
 PLAIN = [("MAML", loop) for loop in TASK_LOOPS]
 PEERS = [("MAML", "higher"), ("MAML", "torchopt")]
 BATCH, REMAT, GRAPH = [("MAML++", loop) for loop in BATCHED]  # the last on a GPU alone
+TRAINED_BY = ("bare torch", "task_batch_loss")
 STEPS, TASKS = (1, 5, 10, 20, 50), (1, 2, 4, 8, 16)
 
 

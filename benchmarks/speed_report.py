@@ -12,18 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator
-
 import reference
 from contenders import table_of
 from mamlpp_ext.benchmark.measure import MEGABYTE, Quartiles, ratio
+from speed_picture import Record, draw, megabytes_added
+from trainings import KINDS, SCHEDULES
 
-Record = dict[str, Any]
 PLAIN, REMAT = "MAML++ in task_batch_loss", "MAML++ in rematerialised"
 
 
@@ -81,6 +75,11 @@ def table(found: dict[str, Any]) -> str:
             map(_layout_row, of_kind.get("layouts", [])),
         ),
         _rows(
+            "a whole training by MAML++ / by MAML in second order | "
+            f"{' | '.join(KINDS)} | schedule | ratio: median (quartiles) | goal | ",
+            _schedule_rows(of_kind.get("schedules", [])),
+        ),
+        _rows(
             "an iteration, 5-way, second order, 8 tasks | launches | kernels | they run, ms",
             map(_launches_row, of_kind.get("launches", [])),
         ),
@@ -131,7 +130,7 @@ def _reference_rows(of_kind: dict[str, list[Record]]) -> Iterator[str]:
                 pair = memory[name], memory[theirs]
                 value = pair[0]["bytes_peak"] / pair[1]["bytes_peak"]
                 peaks, verdict = f"{value:.3f}", _met(value, reference.GOALS[1])
-                added = " / ".join(f"{_added(r):.0f}" for r in pair)
+                added = " / ".join(f"{megabytes_added(r):.0f}" for r in pair)
             yield (
                 f"| {name} | {_spread(found)} "
                 f"| {' / '.join(f'{1e3 * min(t):.0f}' for t in times)} | {peaks} | {added} "
@@ -157,6 +156,19 @@ def _layout_row(record: Record) -> str:
     best = ratio(*(seconds[name] for name in fast))
     cells = " | ".join(f"{share:.3f}" for share in shares)
     return f"| {record['name']} | {cells} | {_spread(best)} |"
+
+
+def _schedule_rows(records: list[Record]) -> Iterator[str]:
+    """Every kind of iteration by MAML's, and a training that has each for its share."""
+    for record in records:
+        seconds = record["seconds"]
+        kinds = " | ".join(f"{ratio(seconds[k], seconds['MAML']).median:.3f}" for k in KINDS)
+        for schedule in SCHEDULES:
+            found = ratio(schedule.seconds(seconds), seconds["MAML"])
+            yield (
+                f"| {record['name']} | {kinds} | {schedule.name} | {_spread(found)} "
+                f"| {_verdict(found.median, schedule.goal)} |"
+            )
 
 
 def _spread(found: Quartiles) -> str:
@@ -187,15 +199,12 @@ def _memory_rows(records: list[Record]) -> Iterator[str]:
             yield f"| {name} | not measured | | | ≤ {goal:.3f} | |"
             continue
         a, b = by_place[over], by_place[under]
-        value, peaks = _added(a) / _added(b), a["bytes_peak"] / b["bytes_peak"]
+        own, other = megabytes_added(a), megabytes_added(b)
+        peaks = a["bytes_peak"] / b["bytes_peak"]
         yield (
-            f"| {name} | {peaks:.3f} | {value:.3f} | {_added(a):.0f} / {_added(b):.0f} "
+            f"| {name} | {peaks:.3f} | {own / other:.3f} | {own:.0f} / {other:.0f} "
             f"| {_verdict(peaks, goal)} |"
         )
-
-
-def _added(record: Record) -> float:
-    return (record["bytes_peak"] - record["bytes_before"]) / MEGABYTE
 
 
 def _all_memory(records: list[Record], over: str, title: str, peaks: bool) -> list[str]:
@@ -221,37 +230,7 @@ def _cell(record: Record | None, peaks: bool = True) -> str:
     if "failed" in record:
         return "too long" if "not done within" in record["failed"] else "failed"
     peak = f" ({record['bytes_peak'] / MEGABYTE:.0f})" if peaks else ""
-    return f"{_added(record):.0f}{peak}, {1e3 * record['seconds']:.0f}"
-
-
-def draw(records: list[Record], path: Path) -> None:
-    """Draws time and memory over K, and over tasks."""
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    columns = (("steps", "inner steps"), ("tasks", "tasks"))
-    for column, (over, label) in enumerate(columns):
-        chosen = [r for r in records if over in r and "failed" not in r]
-        for name in dict.fromkeys(r["name"] for r in chosen):
-            rows = sorted((r for r in chosen if r["name"] == name), key=lambda r: r[over])
-            places = [r[over] for r in rows]
-            for panel, values in (
-                (panels[0][column], [r["seconds"] for r in rows]),
-                (panels[1][column], [_added(r) for r in rows]),
-            ):
-                panel.plot(places, values, marker="o", markersize=3, label=name)
-        panels[0][column].set(ylabel="seconds a meta-iteration", xlabel=label)
-        panels[1][column].set(ylabel="memory added, MB", xlabel=label)
-        for panel in panels[:, column]:
-            panel.set(xscale="log", yscale="log")
-            places = sorted({r[over] for r in chosen})
-            panel.set_xticks(places, list(map(str, places)))
-            panel.minorticks_off()
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.grid(alpha=0.3)
-        if chosen:
-            panels[0][column].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return f"{megabytes_added(record):.0f}{peak}, {1e3 * record['seconds']:.0f}"
 
 
 if __name__ == "__main__":

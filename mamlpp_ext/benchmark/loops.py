@@ -14,6 +14,7 @@ from mamlpp_ext.benchmark.per_task import Learner, task_loop
 from mamlpp_ext.fast_kernels import twice_differentiable
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.norm import convert_batchnorm
+from mamlpp_ext.schedules import MultiStepLoss
 from mamlpp_ext.task_batch import Batch, Loss, TaskBatchLoss, checked_batch
 from mamlpp_ext.torch_private import is_batch_norm
 
@@ -44,6 +45,7 @@ def make_learner(
     lr: float = 0.1,
     chunk_size: int | None = None,
     loss_fn: Loss = F.cross_entropy,
+    multi_step: bool = False,
 ) -> Learner:
     """Returns plain MAML or MAML++ around a copy of ``model``, ready for a loop.
 
@@ -56,6 +58,7 @@ def make_learner(
         lr: the inner rate, for MAML++ the one its learned rates start from.
         chunk_size: for ``task_batch_loss``.
         loss_fn: of an output and labels.
+        multi_step: whether the target losses of all steps count, in MAML++.
     """
     net, plain = copy.deepcopy(model), learner == "MAML"
     normed = any(is_batch_norm(layer) for layer in net.modules())
@@ -64,7 +67,8 @@ def make_learner(
     elif normed and loop in BATCHED:  # nn.BatchNorm's meaning, in a layer that vmap can take
         net = convert_batchnorm(net, 1, extra_steps="last")
     lslr = LSLR(net, steps, lr, learnable=not plain, adapt=["*"] if plain else None)
-    return Learner(net, lslr, plain, second_order, lr, chunk_size, loss_fn)
+    every = MultiStepLoss(steps, anneal_epochs=1) if multi_step and not plain else None
+    return Learner(net, lslr, plain, second_order, lr, chunk_size, loss_fn, every)
 
 
 class MetaIteration:
@@ -120,6 +124,7 @@ def batch_module(loop: str, learner: Learner) -> TaskBatchLoss:
         learner.lslr,
         learner.loss_fn,
         num_steps=learner.lslr.num_steps,
+        aggregate=learner.aggregate,
         chunk_size=learner.chunk_size,
         all_step_losses=False,
         **BATCHED[loop],

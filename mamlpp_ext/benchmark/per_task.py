@@ -1,7 +1,7 @@
 """Plain MAML and MAML++ task by task, as each library's own users write them.
 
 All compute the target loss of the final inner step alone, so that MAML and MAML++ do the same
-number of forwards.
+number of forwards; MAML++ those of all steps if it is asked for a multi-step loss.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from mamlpp_ext.check_setup.model import arguments_of
 from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.schedules import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import inner_steps
 from mamlpp_ext.task_batch import Loss
 
@@ -47,6 +48,8 @@ class Learner:
         lr: plain MAML's inner rate.
         chunk_size: how many tasks ``task_batch_loss`` takes at once; None for all.
         loss_fn: of an output and labels.
+        multi_step: of a MAML++ that is early in its training, the loss of all steps; None where the
+            final step's counts alone.
     """
 
     net: nn.Module
@@ -56,6 +59,12 @@ class Learner:
     lr: float
     chunk_size: int | None = None
     loss_fn: Loss = F.cross_entropy
+    multi_step: MultiStepLoss | None = None
+
+    @property
+    def aggregate(self) -> MultiStepLoss | FinalStepLoss:
+        """What makes one loss of those of the steps."""
+        return self.multi_step or FinalStepLoss(self.lslr.num_steps)
 
     def loss(self, model: Callable[..., Any], x: Any, labels: Any) -> Tensor:
         """Returns the loss of a model: the net, or what stands for it."""
@@ -97,10 +106,11 @@ def _bare_maml(learner: Learner) -> TaskLoop:
 
 
 def _bare_maml_pp(learner: Learner) -> TaskLoop:
-    net, lslr = learner.net, learner.lslr
+    net, lslr, aggregate = learner.net, learner.lslr, learner.aggregate
 
     def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
         params: dict[str, Tensor] = dict(net.named_parameters())
+        losses: list[Tensor | None] = [None] * lslr.num_steps
         for step in inner_steps(net, lslr.num_steps, second_order=learner.second_order):
             loss = learner.loss_at(params, xs, ys)
             adapted = [params[name] for name in lslr.names]
@@ -108,7 +118,9 @@ def _bare_maml_pp(learner: Learner) -> TaskLoop:
                 loss, adapted, create_graph=learner.second_order, allow_unused=True
             )
             params = lslr.update(params, dict(zip(lslr.names, found, strict=True)), step)
-        return TaskLoss(learner.loss_at(params, xt, yt))
+            if aggregate.counts(step):
+                losses[step] = learner.loss_at(params, xt, yt)
+        return TaskLoss(aggregate(losses))
 
     return task_loss
 
@@ -136,13 +148,16 @@ def _higher_maml(learner: Learner) -> TaskLoop:
 def _higher_maml_pp(learner: Learner) -> TaskLoop:
     from mamlpp_ext.integrations.higher import innerloop_ctx
 
-    net, lslr = learner.net, learner.lslr
+    net, lslr, aggregate = learner.net, learner.lslr, learner.aggregate
 
     def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
+        losses: list[Tensor | None] = [None] * lslr.num_steps
         with innerloop_ctx(net, lslr, second_order=learner.second_order) as (fnet, diffopt):
-            for _ in inner_steps(fnet, lslr.num_steps):
+            for step in inner_steps(fnet, lslr.num_steps):
                 diffopt.step(learner.loss(fnet, xs, ys))
-            return TaskLoss(learner.loss(fnet, xt, yt))
+                if aggregate.counts(step):
+                    losses[step] = learner.loss(fnet, xt, yt)
+            return TaskLoss(aggregate(losses))
 
     return task_loss
 
@@ -197,13 +212,16 @@ def _torchopt_functions(learner: Learner) -> TaskLoop:
 def _torchopt_maml_pp(learner: Learner) -> TaskLoop:
     from mamlpp_ext.integrations.torchopt import innerloop_ctx
 
-    net, lslr = learner.net, learner.lslr
+    net, lslr, aggregate = learner.net, learner.lslr, learner.aggregate
 
     def task_loss(xs: Any, ys: Any, xt: Any, yt: Any) -> TaskLoss:
+        losses: list[Tensor | None] = [None] * lslr.num_steps
         with innerloop_ctx(net, lslr, second_order=learner.second_order) as inner_opt:
-            for _ in inner_steps(net, lslr.num_steps):
+            for step in inner_steps(net, lslr.num_steps):
                 inner_opt.step(learner.loss(net, xs, ys))
-            return TaskLoss(learner.loss(net, xt, yt))
+                if aggregate.counts(step):
+                    losses[step] = learner.loss(net, xt, yt)
+            return TaskLoss(aggregate(losses))
 
     return task_loss
 

@@ -29,6 +29,7 @@ class Question:
         steps: inner steps.
         tasks: tasks of a meta-iteration of noise.
         second_order: whether to differentiate through the inner gradients.
+        multi_step: whether the target losses of all steps count in MAML++, as early in a training.
         chunk_size: how many tasks ``task_batch_loss`` takes at once; None for all.
         channels_last: whether model and images are laid out channels_last.
         device: where to compute.
@@ -46,6 +47,7 @@ class Question:
     steps: int = 5
     tasks: int = 8
     second_order: bool = True
+    multi_step: bool = False
     chunk_size: int | None = None
     channels_last: bool = False
     device: str = "cpu"
@@ -134,6 +136,7 @@ class Question:
             second_order=self.second_order,
             chunk_size=self.chunk_size,
             loss_fn=self.loss_fn(),
+            multi_step=self.multi_step,
         )
         return MetaIteration(loop, contender, batch)
 

@@ -93,7 +93,9 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "in_fresh_process", at_once)
 
 
-def gradient_of(loop: str, learner: str, second_order: bool) -> tuple[torch.Tensor, ...]:
+def gradient_of(
+    loop: str, learner: str, second_order: bool, **how: bool
+) -> tuple[torch.Tensor, ...]:
     """Returns the loss, the meta-gradient of weights and rates, and the running means."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -102,7 +104,7 @@ def gradient_of(loop: str, learner: str, second_order: bool) -> tuple[torch.Tens
     labels = torch.arange(3).expand(2, -1), torch.arange(3).repeat(2).expand(2, -1)
     batch = (torch.randn(2, 3, 1, 6, 6), labels[0], torch.randn(2, 6, 1, 6, 6), labels[1])
     one = MetaIteration(
-        loop, make_learner(model, learner, loop, steps=3, second_order=second_order), batch
+        loop, make_learner(model, learner, loop, steps=3, second_order=second_order, **how), batch
     )
     loss = one.gradient()
     rates = one.learner.lslr.rates
@@ -127,6 +129,19 @@ def test_every_loop_computes_the_same(learner: str, second_order: bool) -> None:
             assert not means.any()
         else:
             torch.testing.assert_close(means, expected[2], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("second_order", [True, False])
+def test_every_loop_computes_the_same_multi_step_loss(second_order: bool) -> None:
+    expected = gradient_of("bare torch", "MAML++", second_order, multi_step=True)
+    for loop in available_loops():
+        found = gradient_of(loop, "MAML++", second_order, multi_step=True)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    last = gradient_of("bare torch", "MAML++", second_order)
+    assert (expected[0] - last[0]).abs() > 1e-4
+    plain = (gradient_of("bare torch", "MAML", second_order, multi_step=m) for m in (True, False))
+    torch.testing.assert_close(*plain)  # has none
 
 
 @pytest.mark.usefixtures("float64")

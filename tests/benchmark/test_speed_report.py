@@ -13,10 +13,12 @@ import torch
 import cases
 import compare
 import contenders
+import mamlpp_ext as mpp
 import problems
 import profile_iteration
 import reference
 import speed_report
+import trainings
 from mamlpp_ext.benchmark.measure import Memory
 from mamlpp_ext.benchmark.question import Question
 
@@ -179,6 +181,7 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         compare, "in_fresh_process", lambda *a, seconds: (Memory(10**8, 2 * 10**8), 0.1)
     )
+    monkeypatch.setattr(compare, "TRAINED_BY", ())
     readme = tmp_path / "README.md"
     readme.write_text("".join(speed_report.markers("cpu")))
     out = tmp_path / "results"
@@ -188,6 +191,40 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["command"] == "python benchmarks/compare.py --threads 1 --rounds 1"
     assert len(found["records"]) == 1 + 5 * 5 + 5 * 4
     assert "![Time and memory" in readme.read_text()
+
+
+def test_shares_of_a_training() -> None:
+    paper, demo = (schedule.shares() for schedule in trainings.SCHEDULES)
+    assert {kind: round(share, 9) for kind, share in paper.items()} == {
+        "first order, every loss": 0.1,
+        "first order, last loss": 0.4,
+        "second order, every loss": 0,
+        "second order, last loss": 0.5,
+    }
+    assert [round(share, 9) for share in demo.values()] == [0.05, 0, 0.05, 0.9]
+    # The package's own schedules, called once an epoch, say the same.
+    msl, da = mpp.MultiStepLoss(5, anneal_epochs=10), mpp.DerivativeOrderAnnealing(50)
+    found = dict.fromkeys(trainings.KINDS, 0.0)
+    for _ in range(100):
+        found[trainings.kind_of(da.second_order, msl.counts(0))] += 0.01
+        msl.step(), da.step()
+    assert found == pytest.approx(paper)
+
+
+def test_whole_trainings_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(problems.PROBLEMS, "Conv4-64 5-way", replace(TINY, steps=2))
+    flags = compare.make_parser().parse_args(["--threads=1", "--rounds=2"])
+    record = compare.time_schedules(5, "bare torch", flags)
+    kinds = ["MAML", *trainings.KINDS]
+    assert list(record["seconds"]) == kinds
+    assert record["name"] == "bare torch, 5-way"
+    record["seconds"] = dict(zip(kinds, ([4.0], [4.0], [2.0], [6.0], [4.0]), strict=True))
+    rows = list(speed_report._schedule_rows([record]))
+    each = "| bare torch, 5-way | 1.000 | 0.500 | 1.500 | 1.000 |"
+    assert rows[0].startswith(f"{each} the paper's")
+    assert rows[0].endswith("| 0.800 (0.800 to 0.800) | ≤ 0.850 | met |")
+    assert rows[1].startswith(f"{each} the demo's")
+    assert rows[1].endswith("| 1.025 (1.025 to 1.025) | ≤ 0.950 | **missed** |")
 
 
 def test_layouts() -> None:
