@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_ext.checks import listing
-from mamlpp_ext.schedules import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.task_batch.chunks import with_gradients
 from mamlpp_ext.task_batch.state import State, changed_names, contents
 from mamlpp_ext.torch_private import forget_workspaces, held
@@ -129,10 +128,8 @@ def _check_leaves_nothing(run: Callable[[], Any], twin: nn.Module, devices: list
         with torch.random.fork_rng(devices):  # what is drawn may be kept
             run()
         found.append(contents(twin))
-    known = {name for name, _ in twin.named_buffers(remove_duplicate=False)}  # are written to
-    if type(getattr(twin, "aggregate", None)) in (MultiStepLoss, FinalStepLoss):  # take notes
-        known.add("aggregate")
-    left = [name for name in changed_names(*found) if name not in known]
+    buffers = {name for name, _ in twin.named_buffers(remove_duplicate=False)}  # are written to
+    left = [name for name in changed_names(*found) if name not in buffers]
     start.put_back()
     if left:
         raise RuntimeError(

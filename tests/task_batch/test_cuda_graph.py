@@ -239,6 +239,21 @@ def test_an_aggregate_that_is_learned(
     assert case.graphed.aggregate[0].weight.grad.any()
 
 
+def test_an_aggregate_that_takes_notes(
+    net: nn.Module, lslr: mpp.LSLR, anywhere: None, tasks: Any
+) -> None:
+    """Of a class that is not the package's own, too."""
+
+    class Doubled(mpp.MultiStepLoss):
+        def __call__(self, step_losses: Any) -> Tensor:
+            return 2 * super().__call__(step_losses)
+
+    case = Case(net, lslr, aggregate=Doubled(3, 2))
+    assert not case.check(tasks)
+    assert case.check([t.flip(0) for t in tasks])
+    assert len(case.graphed.aggregate.recent_losses) == 3
+
+
 def test_evaluation_replays_nothing(case: Case, tasks: Any) -> None:
     with torch.no_grad():
         results = [module(*tasks) for module in case.both]
