@@ -11,12 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.norm import MOST, parts_of
+from mamlpp_ext.norm import MOST, looks_into, parts_of
 from mamlpp_ext.torch_private import changes_of, held, plain_names
 
 Pairs = list[tuple[nn.Module, nn.Module]]
 _Place = tuple[torch.device, int]
-_CONTAINERS = (list, tuple, set, frozenset, dict)  # in which references are followed
 _NO_TENSORS = frozenset((type(None), bool, int, float, str, type))
 
 
@@ -104,7 +103,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield name, value, is_followed
         elif id(value) not in seen and (parts := parts_of(value)) and len(parts) <= MOST:
             seen.add(id(value))
-            is_followed = is_followed and isinstance(value, _CONTAINERS)
+            is_followed = is_followed and looks_into(value)
             stack += [(name, p, is_followed) for p in parts if type(p) not in _NO_TENSORS]
 
 

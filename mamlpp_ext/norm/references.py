@@ -61,6 +61,11 @@ def _in_the_way(module: nn.Module) -> str:
     return ""
 
 
+def looks_into(value: Any) -> bool:
+    """Returns whether :class:`References` looks for modules and buffers in what a value holds."""
+    return type(value) in _MOVES
+
+
 class References:
     """Turns what refers to modules, or to buffers, into what refers to those that replace them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -139,12 +139,21 @@ def of_the_buffer(net: Any, mean: Tensor) -> None:
     net.table[1] += mean
 
 
+class Kept(NamedTuple):
+    """A container that references are not followed into."""
+
+    tensor: Tensor
+
+
 @pytest.mark.parametrize("move", [through_the_object, of_the_buffer])
+@pytest.mark.parametrize("kind", [Held, Kept])
 @pytest.mark.parametrize("hold", [lambda table: table, lambda table: table[1:]])
-def test_buffers_that_objects_hold_are_refused_once_changed(move: Any, hold: Any) -> None:
+def test_buffers_that_objects_hold_are_refused_once_changed(
+    move: Any, kind: Any, hold: Any
+) -> None:
     def make(net: Any) -> Any:
         net.register_buffer("table", torch.zeros(2, 3))
-        net.held = Held(hold(net.table))
+        net.held = kind(hold(net.table))
         return lambda net: net.table[1]
 
     net = Table(make, move)
