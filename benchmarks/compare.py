@@ -72,8 +72,8 @@ def time_pair(pair: Pair, rounds: int) -> dict[str, Any]:
 
 def time_schedules(ways: int, loop: str, flags: argparse.Namespace) -> dict[str, Any]:
     """Returns the record of MAML and of each kind of iteration in a training by MAML++."""
-    problem = replace(PROBLEMS[f"Conv4-64 {ways}-way"], tasks=2, threads=flags.threads)
-    problem = replace(problem, device=flags.device)
+    fixed = {"device": flags.device, "threads": flags.threads}
+    problem = replace(PROBLEMS[f"Conv4-64 {ways}-way"], tasks=2, **fixed)
     prepared = problem.prepare()
     runs = {"MAML": problem.iteration(prepared, "MAML", loop)}
     for kind, (second_order, multi_step) in KINDS.items():

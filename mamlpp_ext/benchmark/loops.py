@@ -14,7 +14,7 @@ from mamlpp_ext.benchmark.per_task import Learner, task_loop
 from mamlpp_ext.fast_kernels import twice_differentiable
 from mamlpp_ext.lslr import LSLR
 from mamlpp_ext.norm import convert_batchnorm
-from mamlpp_ext.schedules import MultiStepLoss
+from mamlpp_ext.schedules import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.task_batch import Batch, Loss, TaskBatchLoss, checked_batch
 from mamlpp_ext.torch_private import is_batch_norm
 
@@ -67,8 +67,9 @@ def make_learner(
     elif normed and loop in BATCHED:  # nn.BatchNorm's meaning, in a layer that vmap can take
         net = convert_batchnorm(net, 1, extra_steps="last")
     lslr = LSLR(net, steps, lr, learnable=not plain, adapt=["*"] if plain else None)
-    every = MultiStepLoss(steps, anneal_epochs=1) if multi_step and not plain else None
-    return Learner(net, lslr, plain, second_order, lr, chunk_size, loss_fn, every)
+    every = multi_step and not plain
+    aggregate = MultiStepLoss(steps, anneal_epochs=1) if every else FinalStepLoss(steps)
+    return Learner(net, lslr, plain, second_order, lr, aggregate, chunk_size, loss_fn)
 
 
 class MetaIteration:

@@ -46,10 +46,9 @@ class Learner:
         plain: whether it is plain MAML.
         second_order: whether to differentiate through the inner gradients.
         lr: plain MAML's inner rate.
+        aggregate: what makes one loss of those of the steps, in MAML++ alone.
         chunk_size: how many tasks ``task_batch_loss`` takes at once; None for all.
         loss_fn: of an output and labels.
-        multi_step: of a MAML++ that is early in its training, the loss of all steps; None where the
-            final step's counts alone.
     """
 
     net: nn.Module
@@ -57,14 +56,9 @@ class Learner:
     plain: bool
     second_order: bool
     lr: float
+    aggregate: MultiStepLoss | FinalStepLoss
     chunk_size: int | None = None
     loss_fn: Loss = F.cross_entropy
-    multi_step: MultiStepLoss | None = None
-
-    @property
-    def aggregate(self) -> MultiStepLoss | FinalStepLoss:
-        """What makes one loss of those of the steps."""
-        return self.multi_step or FinalStepLoss(self.lslr.num_steps)
 
     def loss(self, model: Callable[..., Any], x: Any, labels: Any) -> Tensor:
         """Returns the loss of a model: the net, or what stands for it."""
