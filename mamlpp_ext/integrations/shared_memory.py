@@ -7,12 +7,13 @@ and an attribute that is a view of a buffer would stay with the model's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.norm import MOST, looks_into, parts_of
-from mamlpp_ext.torch_private import changes_of, held, plain_names
+from mamlpp_ext.norm import MOST, parts_looked_into, parts_of
+from mamlpp_ext.torch_private import changes_of, held, hooks_of, plain_names
 
 Pairs = list[tuple[nn.Module, nn.Module]]
 _Place = tuple[torch.device, int]
@@ -93,18 +94,22 @@ def _buffers(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yields tensors in plain attributes, by name, and whether references there are followed."""
+    """Yields what tensors attributes and hooks hold, and whether references are followed."""
     own = vars(module)
-    stack = [(n, own[n], True) for n in plain_names(own) if type(own[n]) not in _NO_TENSORS]
+    stack: list[tuple[str, Any, bool]] = [(name, own[name], True) for name in plain_names(own)]
+    stack += [(name, hooks, True) for name, hooks in hooks_of(module).items() if hooks]
     seen = set[int]()
     while stack:
         name, value, is_followed = stack.pop()
         if isinstance(value, Tensor):
             yield name, value, is_followed
-        elif id(value) not in seen and (parts := parts_of(value)) and len(parts) <= MOST:
+        elif type(value) not in _NO_TENSORS and id(value) not in seen:
             seen.add(id(value))
-            is_followed = is_followed and looks_into(value)
-            stack += [(name, p, is_followed) for p in parts if type(p) not in _NO_TENSORS]
+            parts = parts_looked_into(value) if is_followed else None
+            is_followed = parts is not None
+            parts = parts_of(value) if parts is None else parts
+            if parts and len(parts) <= MOST:
+                stack += [(name, part, is_followed) for part in parts]
 
 
 def _place(tensor: Tensor) -> _Place | None:

@@ -7,7 +7,7 @@ from mamlpp_ext.norm.convert_batch_norm import convert_batchnorm
 from mamlpp_ext.norm.convert_norms import convert_norm
 from mamlpp_ext.norm.frozen import frozen_statistics
 from mamlpp_ext.norm.fused_sequential import FusedSequential
-from mamlpp_ext.norm.references import References, looks_into
+from mamlpp_ext.norm.references import References, parts_looked_into
 
 __all__ = [
     "MOST",
@@ -22,7 +22,7 @@ __all__ = [
     "fill",
     "frozen_statistics",
     "ids_in",
-    "looks_into",
+    "parts_looked_into",
     "parts_of",
     "per_step_parameters",
 ]

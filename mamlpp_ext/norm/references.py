@@ -6,14 +6,14 @@ import copy
 import dis
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
-from mamlpp_ext.norm.containers import MOST
+from mamlpp_ext.norm.containers import MOST, parts_of
 from mamlpp_ext.torch_private import held
 
 
@@ -61,9 +61,17 @@ def _in_the_way(module: nn.Module) -> str:
     return ""
 
 
-def looks_into(value: Any) -> bool:
-    """Returns whether :class:`References` looks for modules and buffers in what a value holds."""
-    return type(value) in _MOVES
+def parts_looked_into(value: Any) -> Collection[Any] | None:
+    """Returns what :class:`References` looks at in a value; None where it does not look."""
+    if type(value) not in _MOVES:
+        return None
+    if isinstance(value, FunctionType):
+        cells = [cell for cell in value.__closure__ or () if cell != CellType()]  # assigned so far
+        contents = [cell.cell_contents for cell in cells]
+        return [*contents, value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    return parts_of(value)
 
 
 class References:

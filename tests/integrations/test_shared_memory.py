@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -83,6 +84,26 @@ def a_buffer_of_a_layer(net: Any) -> Any:
     return lambda net: net.layer.same
 
 
+def a_view_in_a_function(net: Any) -> Any:
+    net.register_buffer("table", torch.zeros(2, 3))
+    view = net.table[1]
+    net.views = lambda: view
+    return lambda net: net.views()
+
+
+def a_view_in_a_partial(net: Any) -> Any:
+    net.register_buffer("table", torch.zeros(2, 3))
+    net.views = partial(torch.clone, net.table[1])
+    return lambda net: net.views.args[0]
+
+
+def a_view_in_a_hook(net: Any) -> Any:
+    net.register_buffer("table", torch.zeros(2, 3))
+    view = net.table[1]
+    net.layer.register_forward_pre_hook(lambda layer, args: (args[0] * (1 + view),))
+    return lambda net: net.table[1]
+
+
 def table_written(net: Any, mean: Tensor) -> None:
     net.table[1] += mean
 
@@ -98,6 +119,7 @@ def row_written_through_data(net: Any, mean: Tensor) -> None:
 MAKES = (
     *(a_view_of_a_buffer, a_view_in_containers, a_buffer_that_is_a_view),
     *(buffers_of_one_memory, a_buffer_of_a_layer),
+    *(a_view_in_a_function, a_view_in_a_partial, a_view_in_a_hook),
 )
 MOVES = table_written, row_written, row_written_through_data
 
