@@ -107,7 +107,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             seen.add(id(value))
             parts = parts_looked_into(value) if is_followed else None
             is_followed = parts is not None
-            parts = parts_of(value) if parts is None else parts
+            parts = parts_of(value, callables=True) if parts is None else parts
             if parts and len(parts) <= MOST:
                 stack += [(name, part, is_followed) for part in parts]
 

@@ -13,11 +13,16 @@ MOST = 1000  # larger containers hold data, no layers
 _ENOUGH = 10_000
 
 
-def parts_of(value: Any) -> Collection[Any] | None:
+def parts_of(value: Any, *, callables: bool = False) -> Collection[Any] | None:
     """Returns what is in a container, or in an object's attributes; None of anything else.
 
     A dict's keys are among it. Modules are not taken apart, as whoever looks through a model has
     each, nor are classes and functions, with what these capture.
+
+    Args:
+        value: anything.
+        callables: whether to take apart objects that can be called, too. What these hold may be
+            their own business: a probe that counts its calls is no state of the model.
     """
     if isinstance(value, dict):
         return [*value, *value.values()]
@@ -25,8 +30,8 @@ def parts_of(value: Any) -> Collection[Any] | None:
         return value
     if isinstance(value, (nn.Module, type)) or not hasattr(value, "__dict__"):
         return None
-    if callable(value) and not isinstance(type(value).__call__, FunctionType):
-        return None  # a function, a bound method, a partial, not an object of a class of Python's
+    if callable(value) and not (callables and isinstance(type(value).__call__, FunctionType)):
+        return None
     return parts_of(vars(value))
 
 

@@ -17,13 +17,7 @@ _KEPT = 16  # calls: enough that a single task says little
 
 
 class RecentLosses:
-    """The losses of the last calls, without their graphs; what they say is computed when asked.
-
-    Notes, which no result goes by: with slots they are no part of what an aggregator's attributes
-    hold, where somebody compares that before and after.
-    """
-
-    __slots__ = ("_calls",)
+    """The losses of the last calls, without their graphs; what they say is computed when asked."""
 
     def __init__(self) -> None:
         self._calls: deque[tuple[Tensor | None, ...]] = deque(maxlen=_KEPT)

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 Forward = Callable[[Any, Tensor], Tensor]
 
 
-class Scale:
-    """An object that can be called, and counts."""
+class Probe:
+    """An object that is called, and takes notes."""
 
     calls = 0
 
@@ -38,7 +38,7 @@ class Keeping(nn.Module):
         self.inner, self.given = nn.ModuleDict({"layer": nn.Linear(3, 2)}), forward
         self.kept: Any = None
         self.calls, self.seen, self.several = 0, [0.0], {"mean": torch.zeros(2)}
-        self.counter, self.scale, self.array = Counter(), Scale(), np.zeros(1)
+        self.counter, self.probe, self.array = Counter(), Probe(), np.zeros(1)
         self.register_buffer("count", torch.zeros(()))
 
     def layer(self, x: Tensor) -> Tensor:
@@ -98,10 +98,6 @@ def counted_by_an_object(net: Any, x: Tensor) -> Tensor:
     return net.layer(x)
 
 
-def counted_by_a_function(net: Any, x: Tensor) -> Tensor:
-    return net.layer(net.scale(x))
-
-
 def counted_by_an_array(net: Any, x: Tensor) -> Tensor:
     net.array += 1
     return net.layer(x) if net.array[0] < 100 else 2 * net.layer(x)
@@ -115,7 +111,6 @@ GOES_ON = {
     averaged: "'several'",
     appended: "'seen'",
     counted_by_an_object: "'counter'",
-    counted_by_a_function: "'scale'",
     counted_by_an_array: "'array'",
 }
 
@@ -152,6 +147,10 @@ def kept_deep(net: Any, x: Tensor) -> Tensor:
     return net.layer(x)
 
 
+def counted_by_a_probe(net: Any, x: Tensor) -> Tensor:
+    return net.layer(net.probe(x))
+
+
 def targets_kept(net: Any, x: Tensor) -> Tensor:
     """What no trial sees."""
     if len(x) == 5:
@@ -162,6 +161,7 @@ def targets_kept(net: Any, x: Tensor) -> Tensor:
 HARMLESS = [
     hooked_once,
     kept_deep,
+    counted_by_a_probe,
     targets_kept,
     set_by_the_first_task,
     mask_made_once,
