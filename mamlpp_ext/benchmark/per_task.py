@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mamlpp_ext.check_setup.model import arguments_of
-from mamlpp_ext.lslr import LSLR
+from mamlpp_ext.lslr import LSLR, functional_call
 from mamlpp_ext.schedules import FinalStepLoss, MultiStepLoss
 from mamlpp_ext.steps import inner_steps
 from mamlpp_ext.task_batch import Loss
@@ -66,9 +65,13 @@ class Learner:
         return self.loss_fn(model(*args, **kwargs), labels)
 
     def loss_at(self, params: Mapping[str, Tensor], x: Any, labels: Any) -> Tensor:
-        """Returns the loss of the net with other weights."""
+        """Returns the loss of the net with other weights.
+
+        Plain MAML calls it by torch's own function, MAML++ by the package's, as its guides do.
+        """
         args, kwargs = arguments_of(x)
-        return self.loss_fn(functional_call(self.net, dict(params), args, kwargs), labels)
+        call = torch.func.functional_call if self.plain else functional_call
+        return self.loss_fn(call(self.net, dict(params), args, kwargs), labels)
 
 
 # Takes inputs and labels of support and target.

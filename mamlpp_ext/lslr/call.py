@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mamlpp_ext.checks import listing
 from mamlpp_ext.lslr.gradients import check_reentrant, without_hooks
-from mamlpp_ext.torch_private import flatten_tree, held
+from mamlpp_ext.lslr.places import Spot, places_of, spots_of
+from mamlpp_ext.torch_private import flatten_tree
 
 # The modes (training or not) in which a module's output was searched for reentrant checkpointing:
 # once is enough, and the search goes through the whole graph.
@@ -65,9 +65,12 @@ def functional_call(
             f"{type(module).__name__} and {type(params).__name__}; pass e.g. "
             "dict(model.named_parameters())"
         )
-    placed = {place: params[name] for place, name in places_of(module, params).items()}
+    places, args = places_of(module, params), args if isinstance(args, tuple) else (args,)
     with without_hooks():
-        output = called(module, placed, args if isinstance(args, tuple) else (args,), kwargs)
+        if _is_torchs(module):
+            output = called(module, {p.path: params[p.name] for p in places}, args, kwargs)
+        else:
+            output = _called_with(module, [(p.spot, params[p.name]) for p in places], args, kwargs)
     searched = _SEARCHED.setdefault(module, set())
     if torch.is_grad_enabled() and module.training not in searched:
         for leaf in flatten_tree(output)[0]:
@@ -78,50 +81,30 @@ def functional_call(
 
 
 def called(module: nn.Module, placed: dict[str, Tensor], args: tuple[Any, ...], kwargs: Any) -> Any:
-    """Returns what the module returns with tensors in these places."""
-    return torch.func.functional_call(module, placed, args, kwargs, tie_weights=False)
+    """Returns what the module returns with tensors in these places.
 
-
-def places_of(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Returns every place in ``module`` of the tensors of these names, each with that name.
-
-    Raises:
-        KeyError: if a name is none of the model's.
-        TypeError: if the model is a DataParallel.
-        ValueError: if two are of the same tensor.
+    As ``torch.func.functional_call`` without ties, which is asked where a module holds one no more.
     """
-    if isinstance(module, nn.DataParallel):
-        raise TypeError(
-            "DataParallel copies its own weights to every device, so that it cannot be called with "
-            "others; pass the model in it, its .module (for several devices there is "
-            "DistributedDataParallel around TaskBatchLoss)"
-        )
-    wanted = dict.fromkeys(names)
-    found: dict[str, Tensor] = {}  # what stands under every name
-    places: dict[str, Tensor] = {}  # the same, each place under its first name alone
-    seen: set[int] = set()
-    for path, layer in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        every = {**held(layer, "parameters"), **held(layer, "buffers")}
-        own = {prefix + key: tensor for key, tensor in every.items() if tensor is not None}
-        found |= own
-        if id(layer) not in seen:
-            seen.add(id(layer))
-            places |= own
-    unknown = [name for name in wanted if name not in found]
-    if unknown:
-        raise KeyError(
-            f"{type(module).__name__} has no {listing(unknown)} (it has {listing(list(found))}); "
-            "pass weights by their names in named_parameters()"
-        )
-    by_tensor: dict[int, str] = {}
-    for name in wanted:
-        other = by_tensor.setdefault(id(found[name]), name)
-        if other != name:
-            raise ValueError(
-                f"'{other}' and '{name}' are one tensor of {type(module).__name__}, which cannot "
-                "be two; pass it under one of the names, as dict(module.named_parameters()) does"
-            )
-    return {
-        place: by_tensor[id(tensor)] for place, tensor in places.items() if id(tensor) in by_tensor
-    }
+    spots = spots_of(module, placed)
+    if spots is None or _is_torchs(module):
+        return torch.func.functional_call(module, placed, args, kwargs, tie_weights=False)
+    return _called_with(module, [*zip(spots, placed.values(), strict=True)], args, kwargs)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Returns whether to leave a call to torch, which compiles it, or has its reason to refuse."""
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return traced or torch.compiler.is_compiling() or isinstance(module, torch.jit.ScriptModule)
+
+
+def _called_with(
+    module: nn.Module, placed: list[tuple[Spot, Tensor]], args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    before = [own[key] for (own, key), _ in placed]
+    try:
+        for (own, key), tensor in placed:
+            own[key] = tensor
+        return module(*args, **(kwargs or {}))
+    finally:
+        for ((own, key), _), tensor in zip(placed, before, strict=True):
+            own[key] = tensor

@@ -181,27 +181,30 @@ class PerStepBatchNorm(RunningStatistics):
         written = row.records and not (transforms_active() or _is_composed())
         running = self._running(row.place, dtype) if written else None
         output, mean, var = compute(running)
-        if running is not None:
-            self._count(row.place)
-        elif row.records:
-            self._record(row.place, mean, var)
+        self._take_in(row, running, mean, var)
         return output
 
     def normalized(self, input: Tensor, row: Row) -> Tensor:
         """Returns ``input`` normalised by its own statistics, which are taken in."""
+        composed = _is_composed()
+        if composed or transforms_active():
+            function = batch_normalize_reference if composed else batch_normalize
+            output, mean, var = function(input, row.weight, row.bias, self.eps)
+            self._take_in(row, None, mean, var)
+            return output
         dtype = statistics_dtype(input, row.weight)
+        running = self._running(row.place, dtype) if row.records else None
+        into = running or Running.of_batch(input, dtype)
+        first_order = self.inner_step.first_order
+        output = batch_normalize_into(input, row.weight, row.bias, self.eps, into, first_order)
+        self._take_in(row, running, into.mean, into.var)
+        return output
 
-        def compute(running: Running | None) -> Measured:
-            composed = _is_composed()
-            if composed or transforms_active():
-                function = batch_normalize_reference if composed else batch_normalize
-                return function(input, row.weight, row.bias, self.eps)
-            into = running or Running.of_batch(input, dtype)
-            first_order = self.inner_step.first_order
-            output = batch_normalize_into(input, row.weight, row.bias, self.eps, into, first_order)
-            return output, into.mean, into.var
-
-        return self.by_statistics_of(row, dtype, compute)
+    def _take_in(self, row: Row, running: Running | None, mean: Tensor, var: Tensor) -> None:
+        if running is not None:  # it has them already
+            self._count(row.place)
+        elif row.records:
+            self._record(row.place, mean, var)
 
     def _check_shape(self, shape: torch.Size) -> None:
         if len(shape) not in self._ranks:

@@ -50,7 +50,7 @@ class AdaptedModel:
         self.counters = checked_counters(model, num_steps - 1)
         self.modules = list(model.modules())
         self.confirm: Callable[[], None] | None = None
-        self.places = places_of(model, self.initial)
+        self.places = {place.path: place.name for place in places_of(model, self.initial)}
         self.sparse = [
             vars(layer)
             for path, layer in model.named_modules()

@@ -10,6 +10,7 @@ from torch import nn
 from mamlpp_ext.torch_private.imported import imported
 
 _batchnorm = imported("torch.nn.modules.batchnorm")
+_HELD = {kind: f"_{kind}" for kind in ("parameters", "buffers", "modules")}
 _OF_EVERY = vars(nn.Module()).keys()
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORMS = (*_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -39,7 +40,7 @@ def held(module: nn.Module, kind: Literal["parameters", "buffers", "modules"]) -
     Raises:
         NotImplementedError: if missing.
     """
-    own: dict[str, Any] | None = getattr(module, f"_{kind}", None)
+    own: dict[str, Any] | None = getattr(module, _HELD[kind], None)
     if own is None:
         raise NotImplementedError(
             f"{type(module).__name__} does not hold its {kind} as modules do in the versions of "

@@ -25,6 +25,20 @@ SHAPES = [(3, 2), (), (4,), (2, 3, 2, 2)]
 BOTH = (descend, descend_reference)
 
 
+@pytest.fixture(autouse=True, params=["torch's own", "closed form"])
+def derived_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small updates are derived by torch; here every one by both in turn."""
+    if request.param == "closed form":
+        monkeypatch.setattr("mamlpp_ext.lslr.update._SMALL", -1)
+    return request.param
+
+
+def test_the_two_are_two(derived_by: str) -> None:
+    names = {t.grad_fn.name() for t in updated(descend, drawn())}
+    own = {"_DescendBackward", "_DescendFunctionBackward"}
+    assert bool(names & own) == (derived_by == "closed form"), names
+
+
 def close(ours: Any, theirs: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
