@@ -149,7 +149,7 @@ class LSLR(nn.Module):
             self._second_order_checked = True  # of the first step; it takes some 100 us
         rates = column if len(names) == len(self.names) else column[present]
         adapted = descend([params[name] for name in names], chosen, rates)
-        params |= zip(names, adapted, strict=True)
+        params.update(zip(names, adapted, strict=True))  # torch 2.6 cannot compile |=
         return [*params.values()] if in_order else params
 
     def rates_at(self, step: int) -> dict[str, Tensor]:

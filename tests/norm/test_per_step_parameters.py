@@ -234,7 +234,8 @@ def test_parametrized_layers() -> None:
 
 def test_compiled() -> None:
     net = with_rows()
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    whole = not torch.__version__.startswith("2.6.")  # which breaks the graph at each row
+    compiled = torch.compile(net, backend="eager", fullgraph=whole)
     torch.testing.assert_close(
         torch.stack([compiled(X) for _ in mpp.inner_steps(net, 3)]), by_step(net)
     )
