@@ -29,9 +29,12 @@ import reference
 from contenders import (
     BATCH,
     GRAPH,
+    OVER,
     PEERS,
     TRAINED_BY,
+    Cell,
     Pair,
+    cells,
     memory_questions,
     pairs,
     table_of,
@@ -68,6 +71,15 @@ def time_pair(pair: Pair, rounds: int) -> dict[str, Any]:
     }
     seconds = alternate(runs, rounds, pair.question.device)
     return {"kind": "time", "name": pair.name, "goal": pair.goal, "seconds": seconds}
+
+
+def time_cell(cell: Cell, rounds: int, on: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record of a network, loop and order."""
+    pair = cell.pair()
+    pair = replace(pair, question=replace(pair.question, **on))
+    goal = cell.goal if on["device"] == "cpu" else None
+    seconds = time_pair(pair, cell.rounds(rounds))["seconds"]
+    return {"kind": "cell", "name": cell.row, "loop": cell.loop, "goal": goal, "seconds": seconds}
 
 
 def time_schedules(ways: int, loop: str, flags: argparse.Namespace) -> dict[str, Any]:
@@ -146,13 +158,15 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for pair in pairs(flags.device):
             question = replace(pair.question, **fixed)
             yield time_pair(replace(pair, question=question), flags.rounds)
-        for pair in pairs(flags.device):
-            if "MAML++ / MAML in bare torch" in pair.name:
-                question = replace(pair.question, **fixed)
-                yield layouts(pair.name.partition(", ")[2], question, flags.rounds)
+        for cell in cells():
+            if cell.loop == "bare torch" and "Conv4" in cell.network:
+                question = replace(cell.pair().question, **fixed)
+                yield layouts(cell.row, question, flags.rounds)
         for ways in (5, 20):
             for loop in TRAINED_BY:
                 yield time_schedules(ways, loop, flags)
+        for cell in cells():
+            yield time_cell(cell, flags.rounds, fixed)
         for contender in (*PEERS, BATCH, GRAPH) if flags.device != "cpu" else ():
             question = replace(PROBLEMS["Conv4-64 5-way"], **fixed)
             iteration = question.iteration(question.prepare(), *contender)
@@ -211,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     start, records = time.monotonic(), []
     for record in measure(flags):
         records.append(record)
-        place = "".join(f", {k} = {record[k]}" for k in ("steps", "tasks") if k in record)
+        place = "".join(f", {k} = {record[k]}" for k in (*OVER, "loop") if k in record)
         name = record["name"] + place
         print(f"{time.monotonic() - start:5.0f} s  {name}", file=sys.stderr, flush=True)
         everything = {**about, "minutes": (time.monotonic() - start) / 60, "records": records}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mamlpp_ext.benchmark.loops import BATCHED, LOOPS
 from mamlpp_ext.benchmark.question import Question
-from problems import PROBLEMS
+from problems import BY_FILTERS, BY_PARAMETERS, PROBLEMS
 
 Contender = tuple[str, str]  # the learner and the loop
 TASK_LOOPS = [loop for loop in LOOPS if loop not in BATCHED]
@@ -15,7 +15,12 @@ PLAIN = [("MAML", loop) for loop in TASK_LOOPS]
 PEERS = [("MAML", "higher"), ("MAML", "torchopt")]
 BATCH, REMAT, GRAPH = [("MAML++", loop) for loop in BATCHED]  # the last on a GPU alone
 TRAINED_BY = ("bare torch", "task_batch_loss")
-STEPS, TASKS = (1, 5, 10, 20, 50), (1, 2, 4, 8, 16)
+STEPS, TASKS = (1, 5, 10, 20, 50), (1, 2, 4, 8, 16, 64)
+OVER = ("steps", "tasks", "filters", "parameters")  # what memory and time are drawn over
+# Whose iterations take milliseconds, so that more rounds are needed, and more can be had.
+QUICK = ("MLP", "Conv3-32 at 8x8")
+# In second order batch norm's own derivatives, which the package has written out, pay here.
+LARGE = ("Conv4-64 5-way", "Conv4-64 20-way", "ResNet-12")
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,57 @@ class Pair:
     goal: float | None
 
 
+@dataclass(frozen=True)
+class Cell:
+    """MAML++ by MAML, both on one network in one loop.
+
+    Attributes:
+        network: one of ``PROBLEMS``.
+        loop: of the benchmark's.
+        second_order: whether to differentiate through the inner gradients.
+    """
+
+    network: str
+    loop: str
+    second_order: bool
+
+    @property
+    def row(self) -> str:
+        """What the table calls its network and order."""
+        return f"{self.network}, {'second' if self.second_order else 'first'} order"
+
+    @property
+    def goal(self) -> float:
+        """What the ratio should not exceed on a CPU."""
+        return 0.85 if self.second_order and self.network in LARGE else 1.0
+
+    def pair(self) -> Pair:
+        """Returns it as a ratio of times."""
+        tasks = 1 if self.network == "ResNet-12" else 4 if self.network in QUICK else 2
+        question = replace(PROBLEMS[self.network], second_order=self.second_order, tasks=tasks)
+        contenders = [("MAML++", self.loop), ("MAML", self.loop)]
+        return Pair(self.row, question, contenders[0], contenders[1:], self.goal)
+
+    def rounds(self, asked: int) -> int:
+        """Returns in how many rounds to time it."""
+        return 5 * asked if self.network in QUICK else 3 if self.network == "ResNet-12" else asked
+
+
+def cells() -> Iterator[Cell]:
+    """Yields every network in every loop and order."""
+    for second_order in (True, False):
+        for network in PROBLEMS:
+            for loop in (*TASK_LOOPS, BATCH[1]):
+                yield Cell(network, loop, second_order)
+
+
 def pairs(device: str) -> Iterator[Pair]:
-    """Yields every ratio of times but that to the authors' code."""
+    """Yields every other ratio of times but that to the authors' code."""
     on_cpu = device == "cpu"
     for ways, second_order in ((5, True), (20, True), (5, False), (20, False)):
         order = "second" if second_order else "first"
         problem = replace(PROBLEMS[f"Conv4-64 {ways}-way"], second_order=second_order)
         about = f"{ways}-way, {order} order"
-        goal = 0.85 if second_order else 1.0
-        for loop in TASK_LOOPS:
-            yield Pair(
-                f"MAML++ / MAML in {loop}, {about}",
-                replace(problem, tasks=2),
-                ("MAML++", loop),
-                [("MAML", loop)],
-                goal if on_cpu else None,
-            )
         goal = 1.0 if ways == 20 else 0.7 if second_order else 0.6
         for contender in (BATCH,) if on_cpu else (BATCH, GRAPH):
             yield Pair(
@@ -88,7 +128,7 @@ def table_of(device: str) -> str:
 def memory_questions(
     device: str, ways: int, tasks: int
 ) -> Iterator[tuple[str, Question, Contender, dict[str, int]]]:
-    """Yields what memory and time are drawn over: K, then T."""
+    """Yields what memory and time are drawn over: K, T, and two sizes of the network."""
     problem = PROBLEMS[f"Conv4-64 {ways}-way"]
     ours = (BATCH, REMAT) if device == "cpu" else (BATCH, REMAT, GRAPH)
     for steps in STEPS:
@@ -101,3 +141,8 @@ def memory_questions(
             yield " in ".join(contender), question, contender, {"tasks": count}
         name = " in ".join(BATCH) + ", chunk_size=2"
         yield name, replace(question, chunk_size=2), BATCH, {"tasks": count}
+    for over, networks in (("filters", BY_FILTERS), ("parameters", BY_PARAMETERS)):
+        for size, network in networks.items():
+            question = replace(network, tasks=tasks)
+            for contender in (PEERS[0], *ours):
+                yield " in ".join(contender), question, contender, {over: size}

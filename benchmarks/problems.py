@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch.nn.functional as F
@@ -20,11 +21,20 @@ def conv4(ways: int, filters: int = 64, activation: Callable[[], nn.Module] = nn
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, ways))
 
 
-def mlp(ways: int = 5) -> nn.Module:
+def conv3(ways: int = 5, filters: int = 32) -> nn.Module:
+    """Three blocks, for the digits of scikit-learn and their like, [N, 1, 8, 8]."""
+    layers: list[nn.Module] = []
+    for channels in (1, filters, filters):
+        conv = nn.Conv2d(channels, filters, 3, padding=1)
+        layers += [conv, nn.BatchNorm2d(filters), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, ways))
+
+
+def mlp(ways: int = 5, width: int = 64) -> nn.Module:
     """Two hidden layers with batch norm, for inputs [N, 20]."""
-    hidden = [(20, 64), (64, 64)]
+    hidden = [(20, width), (width, width)]
     layers = [(nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()) for i, o in hidden]
-    return nn.Sequential(*[layer for triple in layers for layer in triple], nn.Linear(64, ways))
+    return nn.Sequential(*[layer for triple in layers for layer in triple], nn.Linear(width, ways))
 
 
 class ResidualBlock(nn.Module):
@@ -53,6 +63,8 @@ def resnet12(ways: int = 5, widths: tuple[int, ...] = (64, 128, 256, 512)) -> nn
 
 
 conv4_5way, conv4_20way = partial(conv4, 5), partial(conv4, 20)
+conv4_16, conv4_32, conv4_128, conv4_256 = (partial(conv4, 5, n) for n in (16, 32, 128, 256))
+mlp_300, mlp_1000, mlp_3150 = (partial(mlp, 5, width) for width in (300, 1000, 3150))
 # The authors' network has leaky units.
 conv4_leaky = partial(conv4, 5, activation=nn.LeakyReLU)
 
@@ -60,5 +72,26 @@ PROBLEMS = {
     "Conv4-64 5-way": Question("problems:conv4_5way", (1, 28, 28), ways=5),
     "Conv4-64 20-way": Question("problems:conv4_20way", (1, 28, 28), ways=20),
     "MLP": Question("problems:mlp", (20,), ways=5),
+    "Conv3-32 at 8x8": Question("problems:conv3", (1, 8, 8), ways=5),
     "ResNet-12": Question("problems:resnet12", (3, 84, 84), ways=5, tasks=1),
+}
+# Of growing size: the same tasks, and networks by their filters or parameters.
+BY_FILTERS = {
+    filters: replace(PROBLEMS["Conv4-64 5-way"], model=f"problems:{name}")
+    for filters, name in (
+        (16, "conv4_16"),
+        (32, "conv4_32"),
+        (64, "conv4_5way"),
+        (128, "conv4_128"),
+        (256, "conv4_256"),
+    )
+}
+BY_PARAMETERS = {
+    count: replace(PROBLEMS["MLP"], model=f"problems:{name}")
+    for count, name in (
+        (6_085, "mlp"),
+        (99_305, "mlp_300"),
+        (1_031_005, "mlp_1000"),
+        (10_020_155, "mlp_3150"),
+    )
 }

@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import reference
-from contenders import table_of
-from mamlpp_ext.benchmark.measure import MEGABYTE, Quartiles, ratio
+from contenders import OVER, table_of
+from goals import met, verdict
+from mamlpp_ext.benchmark.measure import Quartiles, ratio
+from speed_memory import all_memory, memory_rows
 from speed_picture import Record, draw, megabytes_added
 from trainings import KINDS, SCHEDULES
-
-PLAIN, REMAT = "MAML++ in task_batch_loss", "MAML++ in rematerialised"
 
 
 def write(folder: Path, readme: Path) -> str:
     """Writes the picture beside the records and the table into ``readme``; returns the table."""
     found = json.loads((folder / "speed.json").read_text())
     text = table(found)
-    if any(over in r for r in found["records"] for over in ("steps", "tasks")):
+    if any(over in r for r in found["records"] for over in OVER):
         draw(found["records"], folder / "speed.png")
         place = os.path.relpath(folder, readme.parent)
-        text += f"\n![Time and memory over inner steps and over tasks]({place}/speed.png)\n"
+        text += f"\n![Time and memory over steps, tasks and sizes]({place}/speed.png)\n"
     first, last = markers(found["device"])
     before, begin, rest = readme.read_text().partition(first)
     _, end, after = rest.partition(last)
@@ -63,6 +63,7 @@ def table(found: dict[str, Any]) -> str:
             "time | ratio: median (quartiles) | best, ms | goal | ",
             map(_time_row, of_kind.get("time", [])),
         ),
+        _cells(of_kind.get("cell", [])),
         _rows(
             "whole iteration with MSL, 5-way, second order / the authors' code "
             "| time: median (quartiles) | best, ms | peak memory | MB added | "
@@ -85,10 +86,12 @@ def table(found: dict[str, Any]) -> str:
         ),
         _rows(
             "peak memory | ratio of peaks | ratio of increases | increases, MB | goal | ",
-            _memory_rows(memory) if of_process else [],
+            memory_rows(memory) if of_process else [],
         ),
-        _all_memory(memory, "steps", f"K, {ways}-way, {found['memory_tasks']} tasks", of_process),
-        _all_memory(memory, "tasks", f"tasks, {ways}-way, K = 5", of_process),
+        all_memory(memory, "steps", f"K, {ways}-way, {found['memory_tasks']} tasks", of_process),
+        all_memory(memory, "tasks", f"tasks, {ways}-way, K = 5", of_process),
+        all_memory(memory, "filters", "filters of Conv4, 5-way, K = 5", of_process),
+        all_memory(memory, "parameters", "parameters of an MLP, 5-way, K = 5", of_process),
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
@@ -113,8 +116,29 @@ def _time_row(record: Record) -> str:
     chosen = f" ({under})" if len(seconds) > 2 else ""
     return (
         f"| {record['name']}{chosen} | {_spread(found)} "
-        f"| {best} | {_verdict(found.median, record['goal'])} |"
+        f"| {best} | {verdict(found.median, record['goal'])} |"
     )
+
+
+def _cells(records: list[Record]) -> list[str]:
+    """A row for each network and order, a column for each loop; what misses its goal is bold."""
+    loops = list(dict.fromkeys(r["loop"] for r in records))
+    lines = []
+    for name in dict.fromkeys(r["name"] for r in records):
+        of_loop = {r["loop"]: r for r in records if r["name"] == name}
+        goal = next(iter(of_loop.values()))["goal"]
+        cells = [_cell(of_loop[loop]) if loop in of_loop else "-" for loop in loops]
+        lines.append(f"| {name} | {'' if goal is None else f'{goal:.2f}'} | {' | '.join(cells)} |")
+    return _rows(f"MAML++ / MAML: median (quartiles), best | ≤ | {' | '.join(loops)}", lines)
+
+
+def _cell(record: Record) -> str:
+    over, under = record["seconds"].values()
+    found, goal = ratio(over, under), record["goal"]
+    text = _spread(found)
+    if goal is not None and found.median > goal:
+        text = f"**{text}**"
+    return f"{text}, {1e3 * min(over):.3g} / {1e3 * min(under):.3g} ms"
 
 
 def _reference_rows(of_kind: dict[str, list[Record]]) -> Iterator[str]:
@@ -125,16 +149,16 @@ def _reference_rows(of_kind: dict[str, list[Record]]) -> Iterator[str]:
         for name in names:
             times = [record["seconds"][n] for n in (name, theirs)]
             found = ratio(*times)
-            peaks, added, verdict = "not measured", "", ""
+            peaks, added, memory_met = "not measured", "", ""
             if name in memory and theirs in memory:
                 pair = memory[name], memory[theirs]
                 value = pair[0]["bytes_peak"] / pair[1]["bytes_peak"]
-                peaks, verdict = f"{value:.3f}", _met(value, reference.GOALS[1])
+                peaks, memory_met = f"{value:.3f}", met(value, reference.GOALS[1])
                 added = " / ".join(f"{megabytes_added(r):.0f}" for r in pair)
             yield (
                 f"| {name} | {_spread(found)} "
                 f"| {' / '.join(f'{1e3 * min(t):.0f}' for t in times)} | {peaks} | {added} "
-                f"| {_met(found.median, reference.GOALS[0])} | {verdict} |"
+                f"| {met(found.median, reference.GOALS[0])} | {memory_met} |"
             )
 
 
@@ -167,70 +191,12 @@ def _schedule_rows(records: list[Record]) -> Iterator[str]:
             found = ratio(schedule.seconds(seconds), seconds["MAML"])
             yield (
                 f"| {record['name']} | {kinds} | {schedule.name} | {_spread(found)} "
-                f"| {_verdict(found.median, schedule.goal)} |"
+                f"| {verdict(found.median, schedule.goal)} |"
             )
 
 
 def _spread(found: Quartiles) -> str:
     return f"{found.median:.3f} ({found.low:.3f} to {found.high:.3f})"
-
-
-def _verdict(value: float, goal: float | None) -> str:
-    """Two cells: the goal and whether it is met."""
-    if goal is None:
-        return " | "
-    return f"≤ {goal:.3f} | {_met(value, goal)}"
-
-
-def _met(value: float, goal: float) -> str:
-    return "met" if value <= goal else "**missed**"
-
-
-def _memory_rows(records: list[Record]) -> Iterator[str]:
-    by_place = {
-        (r["name"], r.get("steps")): r for r in records if "tasks" not in r and "failed" not in r
-    }
-    wanted = [
-        ("rematerialised / plain, K = 20", (REMAT, 20), (PLAIN, 20), 0.30),
-        ("rematerialised, K = 50 / K = 5", (REMAT, 50), (REMAT, 5), 1.5),
-    ]
-    for name, over, under, goal in wanted:
-        if over not in by_place or under not in by_place:
-            yield f"| {name} | not measured | | | ≤ {goal:.3f} | |"
-            continue
-        a, b = by_place[over], by_place[under]
-        own, other = megabytes_added(a), megabytes_added(b)
-        peaks = a["bytes_peak"] / b["bytes_peak"]
-        yield (
-            f"| {name} | {peaks:.3f} | {own / other:.3f} | {own:.0f} / {other:.0f} "
-            f"| {_verdict(peaks, goal)} |"
-        )
-
-
-def _all_memory(records: list[Record], over: str, title: str, peaks: bool) -> list[str]:
-    """A line for each contender, a column for each K or T: increase (peak), milliseconds."""
-    chosen = [r for r in records if r["kind"] == "memory" and over in r]
-    if not chosen:
-        return []
-    places = sorted({r[over] for r in chosen})
-    memory = "MB added (peak)" if peaks else "MB added"
-    lines = [
-        f"| {memory}, ms; over {title} | {' | '.join(map(str, places))} |",
-        "|---" * (len(places) + 1) + "|",
-    ]
-    for name in dict.fromkeys(r["name"] for r in chosen):
-        row = {r[over]: r for r in chosen if r["name"] == name}
-        lines.append(f"| {name} | {' | '.join(_cell(row.get(place), peaks) for place in places)} |")
-    return lines
-
-
-def _cell(record: Record | None, peaks: bool = True) -> str:
-    if record is None:
-        return "-"
-    if "failed" in record:
-        return "too long" if "not done within" in record["failed"] else "failed"
-    peak = f" ({record['bytes_peak'] / MEGABYTE:.0f})" if peaks else ""
-    return f"{megabytes_added(record):.0f}{peak}, {1e3 * record['seconds']:.0f}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import mamlpp_ext as mpp
 import problems
 import profile_iteration
 import reference
+import speed_memory
+import speed_picture
 import speed_report
 import trainings
 from mamlpp_ext.benchmark.measure import Memory
@@ -46,7 +48,9 @@ def test_networks() -> None:
 
 
 def test_a_case_of_every_kind_runs() -> None:
-    assert len(cases.CASES) == 4 * 4 * 2 * 2  # loops, problems, learners, orders
+    assert (
+        len(cases.CASES) == 4 * len(problems.PROBLEMS) * 2 * 2
+    )  # loops, problems, learners, orders
     for loop in ("bare torch", "task_batch_loss"):
         one = cases.iteration("MLP", "first", "MAML++", loop, steps=1)
         assert one.learner.lslr.num_steps == 1
@@ -56,10 +60,8 @@ def test_a_case_of_every_kind_runs() -> None:
 
 def test_what_is_asked() -> None:
     asked = list(compare.pairs("cpu"))
-    assert len({pair.name for pair in asked}) == len(asked) == 2 * 2 * 4 + 4
+    assert len({pair.name for pair in asked}) == len(asked) == 2 * 2 + 4
     goals = {pair.name: pair.goal for pair in asked}
-    assert goals["MAML++ / MAML in higher, 20-way, second order"] == 0.85
-    assert goals["MAML++ / MAML in higher, 20-way, first order"] == 1.0
     name = (
         "task_batch_loss with MAML++ / faster of higher's and torchopt's MAML, 5-way, first order"
     )
@@ -80,6 +82,49 @@ def test_what_is_asked() -> None:
     memory_asked = list(compare.memory_questions("cpu", 5, 4))
     assert {q.steps for _, q, _, over in memory_asked if "steps" in over} == set(contenders.STEPS)
     assert {q.tasks for _, q, _, over in memory_asked if "tasks" in over} == set(contenders.TASKS)
+    assert {over for *_, places in memory_asked for over in places} == set(contenders.OVER)
+    for _, question, _, over in memory_asked:
+        net = question.prepare()[0]
+        if "parameters" in over:
+            assert sum(p.numel() for p in net.parameters()) == over["parameters"]
+        if "filters" in over:
+            assert net[0].out_channels == over["filters"]
+
+
+def test_cells() -> None:
+    cells = list(contenders.cells())
+    assert len(set(cells)) == len(cells) == len(problems.PROBLEMS) * 4 * 2
+    goals = {(cell.row, cell.loop): cell.goal for cell in cells}
+    assert goals["Conv4-64 20-way, second order", "higher"] == 0.85
+    assert goals["Conv4-64 20-way, first order", "higher"] == 1.0
+    assert goals["MLP, second order", "task_batch_loss"] == 1.0
+    for cell in cells:
+        pair = cell.pair()
+        assert pair.question.second_order == ("second order" in cell.row)
+        assert (pair.over, pair.under) == (("MAML++", cell.loop), [("MAML", cell.loop)])
+
+
+def test_a_cell_is_timed_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(problems.PROBLEMS, "MLP", TINY)
+    on = {"device": "cpu", "threads": 1}
+    records = [
+        compare.time_cell(contenders.Cell("MLP", loop, False), 1, on)
+        for loop in ("bare torch", "higher")
+    ]
+    assert [len(seconds) for seconds in records[0]["seconds"].values()] == [5, 5]
+    for record, over in zip(records, (0.002, 0.003), strict=True):
+        record["seconds"] = {"MAML++": [over] * 3, "MAML": [0.002] * 3}
+    title, _, row = speed_report._cells(records)
+    assert title == "| MAML++ / MAML: median (quartiles), best | ≤ | bare torch | higher |"
+    assert row == (
+        "| MLP, first order | 1.00 | 1.000 (1.000 to 1.000), 2 / 2 ms "
+        "| **1.500 (1.500 to 1.500)**, 3 / 2 ms |"
+    )
+
+
+def test_slope() -> None:
+    assert speed_picture.slope([1, 2, 8], [5.0, 3.0, 12.0]) == pytest.approx(1.0)
+    assert speed_picture.slope([1], [5.0]) is None
 
 
 def test_a_ratio_is_timed() -> None:
@@ -96,7 +141,7 @@ def test_a_memory_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "in_fresh_process", late)
     record = compare.memory_record("a", print, over={"steps": 50}, seconds=60.0)
     assert record["failed"] == "not done within 60 seconds"
-    assert speed_report._cell(record) == "too long"
+    assert speed_memory._amount(record) == "too long"
 
 
 def test_report(tmp_path: Path) -> None:
@@ -118,11 +163,11 @@ def test_report(tmp_path: Path) -> None:
         {"kind": "time", "name": "bad", "goal": 0.4, "seconds": times},
         {"kind": "time", "name": "any", "goal": None, "seconds": times},
         {"kind": "launches", "name": "a", "launches": 2, "kernels": 3, "kernel_seconds": 0.5},
-        memory(speed_report.PLAIN, 500, steps=20),
-        memory(speed_report.REMAT, 100, steps=20),
-        memory(speed_report.REMAT, 50, steps=5),
-        memory(speed_report.REMAT, 140, steps=50),
-        memory(speed_report.REMAT, 10**6, tasks=16),
+        memory(speed_memory.PLAIN, 500, steps=20),
+        memory(speed_memory.REMAT, 100, steps=20),
+        memory(speed_memory.REMAT, 50, steps=5),
+        memory(speed_memory.REMAT, 140, steps=50),
+        memory(speed_memory.REMAT, 10**6, tasks=16),
         {"kind": "memory", "name": "MAML in higher", "steps": 50, "failed": "not done within 6"},
         {
             "kind": "reference",
@@ -182,6 +227,7 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         compare, "in_fresh_process", lambda *a, seconds: (Memory(10**8, 2 * 10**8), 0.1)
     )
     monkeypatch.setattr(compare, "TRAINED_BY", ())
+    monkeypatch.setattr(compare, "cells", lambda: [])
     readme = tmp_path / "README.md"
     readme.write_text("".join(speed_report.markers("cpu")))
     out = tmp_path / "results"
@@ -189,7 +235,7 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare.main(flags)
     found = json.loads((out / "speed.json").read_text())
     assert found["command"] == "python benchmarks/compare.py --threads 1 --rounds 1"
-    assert len(found["records"]) == 1 + 5 * 5 + 5 * 4
+    assert len(found["records"]) == 1 + 5 * 5 + 6 * 4 + (5 + 4) * 3
     assert "![Time and memory" in readme.read_text()
 
 
