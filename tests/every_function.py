@@ -18,6 +18,8 @@ NOT_RUN = {
     "grouped_mm": "of bfloat16 alone",
     "gumbel_softmax": "draws",
     "native_channel_shuffle": "has no derivative",
+    "scaled_addmm": "of 8-bit numbers alone",
+    "scaled_addmm_": "of 8-bit numbers alone",
     "scaled_grouped_mm": "of 8-bit numbers alone",
     "scaled_mm": "of 8-bit numbers alone",
 }
