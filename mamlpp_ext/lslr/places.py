@@ -62,10 +62,8 @@ def _tensors_of(module: nn.Module) -> dict[str, Spot]:
         seen.add(id(layer))
         for own in (held(layer, "parameters"), held(layer, "buffers")):
             found |= {prefix + key: (own, key) for key, t in own.items() if t is not None}
-        inner = held(layer, "modules")
-        for name in reversed(inner):
-            if inner[name] is not None:
-                pending.append((f"{prefix}{name}.", inner[name]))
+        inner = [*held(layer, "modules").items()]
+        pending += [(f"{prefix}{name}.", child) for name, child in inner[::-1] if child is not None]
     return found
 
 
@@ -107,7 +105,8 @@ def spots_of(module: nn.Module, places: Iterable[str]) -> list[Spot] | None:
             layers[path] = _layer_at(module, path)
         layer = layers[path]
         holds = () if layer is None else (held(layer, "parameters"), held(layer, "buffers"))
-        own = next((own for own in holds if own.get(key) is not None), None)
+        # Without .get(), which scripted layers' do not have.
+        own = next((own for own in holds if key in own and own[key] is not None), None)
         if own is None:
             return None
         found.append((own, key))
@@ -117,5 +116,5 @@ def spots_of(module: nn.Module, places: Iterable[str]) -> list[Spot] | None:
 def _layer_at(module: nn.Module, path: str) -> nn.Module | None:
     layer: nn.Module | None = module
     for name in path.split("."):
-        layer = None if layer is None else held(layer, "modules").get(name)
+        layer = None if layer is None else dict(held(layer, "modules").items()).get(name)
     return layer
