@@ -22,7 +22,13 @@ from mamlpp_ext.checks import listing
 from mamlpp_ext.integrations.shared_memory import SharedMemory
 from mamlpp_ext.lslr import without_hooks
 from mamlpp_ext.norm import FusedSequential, References
-from mamlpp_ext.torch_private import forget_compiled, held, hold_parameters, hooks_of
+from mamlpp_ext.torch_private import (
+    forget_compiled,
+    held,
+    hold_parameters,
+    hooks_of,
+    plain_names,
+)
 
 
 class Twins(NamedTuple):
@@ -60,7 +66,7 @@ def complete_twins(net: nn.Module, fnet: Any) -> Twins:
     references = References({id(own): copy for own, copy in copied})
     for module, twin in pairs:
         own = vars(twin)
-        for name in vars(module).keys() & own.keys():
+        for name in plain_names(vars(module)) & own.keys():
             own[name] = references.moved(own[name])
         for name, hooks in hooks_of(module).items():
             # Copies: hooks that are registered on the patched model end with it.
