@@ -60,3 +60,39 @@ def test_a_module_under_two_names_in_every_path(path, second_order) -> None:
     batch = tuple(torch.randn(2, 4, 3) for _ in range(4))
     expected = outcome(written_out, net, batch, second_order=second_order)
     assert_same(outcome(PATHS[path], net, batch, second_order=second_order), expected)
+
+
+class Child(nn.Module):
+    """A layer that holds the model it is in."""
+
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+        self.parent = parent
+
+
+def test_a_model_within_itself() -> None:
+    net, x = nn.Module(), torch.randn(4, 3)
+    net.child = Child(net)
+    net.forward = lambda x: x @ net.child.weight
+    weight = torch.randn(3, 3)
+    for name in ("child.weight", "child.parent.child.weight"):
+        torch.testing.assert_close(mpp.functional_call(net, {name: weight}, x), x @ weight)
+
+
+def test_a_forward_that_raises_leaves_the_model_as_it_was(unchanged) -> None:
+    net = Twice()
+    params = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    with unchanged(net), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        mpp.functional_call(net, params, torch.randn(4, 2))
+    assert all(isinstance(p, nn.Parameter) for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
+def test_a_scripted_layer() -> None:
+    net, x = nn.Sequential(torch.jit.script(nn.Linear(3, 2)), nn.Tanh()), torch.randn(4, 3)
+    params = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    found = mpp.functional_call(net, params, x)
+    torch.testing.assert_close(found, (x @ params["0.weight"].T + params["0.bias"]).tanh())
+    net.requires_grad_(False)
+    assert not torch.equal(found, net(x))
