@@ -50,7 +50,7 @@ help:
 	@echo '            PRESET=name       paper-mini-imagenet-5way-1shot, cifar-fs-5way-1shot, ...'
 	@echo '            ENSEMBLE=5        the five best models in validation together, as the paper has it'
 	@echo '            ARGS="..."        further flags of benchmarks/ablation.py (ARGS=--help)'
-	@echo 'make bench  speed and memory against MAML, into benchmarks/README.md (under ten minutes)'
+	@echo 'make bench  speed and memory against MAML, into benchmarks/README.md (some forty minutes)'
 	@echo '            REFERENCE=path    a checkout of AntreasAntoniou/HowToTrainYourMAMLPytorch'
 	@echo '            ARGS="..."        further flags of benchmarks/compare.py (ARGS=--help)'
 	@echo 'make bench-pytest   every loop, network and order with pytest-benchmark; ARGS goes to pytest'

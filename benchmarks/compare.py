@@ -1,6 +1,6 @@
 """Speed and memory of MAML++ against MAML: the ratios, as alternating pairs, and the memory.
 
-    make bench                                  all of it, in under ten minutes on two idle cores
+    make bench                                  all of it, in some forty minutes on two idle cores
     make bench REFERENCE=checkout               with the authors' public code too
     python benchmarks/compare.py --help         every flag
 

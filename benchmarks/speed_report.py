@@ -138,7 +138,12 @@ def _cell(record: Record) -> str:
     text = _spread(found)
     if goal is not None and found.median > goal:
         text = f"**{text}**"
-    return f"{text}, {1e3 * min(over):.3g} / {1e3 * min(under):.3g} ms"
+    return f"{text}, {_milliseconds(over)} / {_milliseconds(under)} ms"
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    best = 1e3 * min(seconds)
+    return f"{best:.1f}" if best < 100 else f"{best:.0f}"
 
 
 def _reference_rows(of_kind: dict[str, list[Record]]) -> Iterator[str]:

@@ -117,8 +117,8 @@ def test_a_cell_is_timed_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     title, _, row = speed_report._cells(records)
     assert title == "| MAML++ / MAML: median (quartiles), best | ≤ | bare torch | higher |"
     assert row == (
-        "| MLP, first order | 1.00 | 1.000 (1.000 to 1.000), 2 / 2 ms "
-        "| **1.500 (1.500 to 1.500)**, 3 / 2 ms |"
+        "| MLP, first order | 1.00 | 1.000 (1.000 to 1.000), 2.0 / 2.0 ms "
+        "| **1.500 (1.500 to 1.500)**, 3.0 / 2.0 ms |"
     )
 
 
