@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 import mamlpp_ext as mpp
 from mamlpp_ext.fast_kernels import batch_norm
+from mamlpp_ext.lslr import update
 from mamlpp_ext.norm import run
 
 ROWS = 3
@@ -26,6 +27,7 @@ THRESHOLDS = [
         (run, "_LEAST_FIRST_ORDER"),
         (run, "_LEAST_SECOND_ORDER"),
         (run, "_LEAST_AS_ONE"),
+        (update, "_SMALL"),
     )
 ]
 
@@ -46,6 +48,7 @@ settings.load_profile("quick")
 def closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors are tiny: what is for large ones is tried on them all the same."""
     monkeypatch.setattr(batch_norm, "SMALL", 0)
+    monkeypatch.setattr(update, "_SMALL", 0)
     for name in ("_LEAST_FIRST_ORDER", "_LEAST_SECOND_ORDER", "_LEAST_AS_ONE"):
         monkeypatch.setattr(run, name, 0)
 

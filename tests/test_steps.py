@@ -222,6 +222,7 @@ def test_forwards_within_a_backward_are_right_inside_at_step() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_torch_compile_traces_layers_and_update() -> None:
     """Whole, without breaks, where it is to make the kernels."""
+    torch.compiler.reset()  # what others compiled counts towards its limit
     ours = mpp.convert_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), 3)
     theirs, x, found = copy.deepcopy(ours), torch.randn(5, 3), []
     lslr = mpp.LSLR(ours, 3)

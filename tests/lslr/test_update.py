@@ -26,10 +26,10 @@ BOTH = (descend, descend_reference)
 
 
 @pytest.fixture(autouse=True, params=["torch's own", "closed form"])
-def derived_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def derived_by(request: pytest.FixtureRequest, closed_forms: None) -> str:
     """Small updates are derived by torch; here every one by both in turn."""
-    if request.param == "closed form":
-        monkeypatch.setattr("mamlpp_ext.lslr.update._SMALL", -1)
+    if request.param == "torch's own":
+        request.getfixturevalue("by_size")
     return request.param
 
 
