@@ -41,7 +41,6 @@ PARTS = {
     "torch._C._cuda_clearCublasWorkspaces": "",
     "torch._C.DisableTorchFunction": "",
     "torch._foreach_addcmul": "",
-    "torch._foreach_mul": "",
     "torch._weight_norm": "",
     "forward_ad._current_level": "",
     "forward_ad._set_fwd_grad_enabled": "forward mode",

@@ -18,7 +18,6 @@ from mamlpp_ext.checks import listing
 from mamlpp_ext.fast_kernels import QuickFunction, save
 from mamlpp_ext.torch_private import (
     forward_mode_active,
-    products,
     subtract_products,
     transforms_active,
 )
@@ -129,10 +128,13 @@ class _Descend(QuickFunction):
         to_rates, *others = ctx.needs_input_grad
         slopes = scaled = None
         if to_rates:
+            zero = rates.new_zeros(())
             pairs = zip(arrived, grads, strict=True)
-            slopes = torch.stack([_inner_product(c, g) for c, g in pairs]).neg()
+            products = [zero if c is None else _inner_product(c, g) for c, g in pairs]
+            slopes = torch.stack(products).neg()
         if any(others[len(grads) :]):
-            scaled = _scaled(arrived, rates.neg().unbind())
+            pairs = zip(arrived, rates.neg().unbind(), strict=True)
+            scaled = [None if c is None else c * rate for c, rate in pairs]
         return slopes, *arrived, *(scaled or [None] * len(grads))
 
     @staticmethod
@@ -152,21 +154,9 @@ def _alike(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor,
     return tuple([t if t.dtype == param.dtype else t.to(param.dtype) for t, param in pairs])
 
 
-def _scaled(tensors: Sequence[Tensor | None], factors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    present: list[Any] = [t for t in tensors if t is not None]
-    if len(present) == len(tensors):
-        return products(present, factors)
-    pairs = zip(tensors, factors, strict=True)
-    return [None if t is None else t * factor for t, factor in pairs]
-
-
-def _inner_product(a: Tensor | None, b: Tensor) -> Tensor:
-    if a is None:
-        return b.new_zeros(())
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != b.dtype:
         return (a * b).sum()
-    if a.dim() == 1:
-        return a.dot(b)
     if a.is_contiguous():
         return a.flatten().dot(b.flatten())
     if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):  # flat in this order

@@ -14,10 +14,10 @@ away in turn). What each function says when its part is missing is in its docstr
   are called one by one.
 - ``modules``: ``_BatchNorm``, ``_NormBase``: the layers with a public name. ``_parameters``,
   ``_buffers``, ``_modules``: refused.
-- ``operators``: ``_foreach_addcmul``, ``_foreach_mul``: one after the other. Operators that no
-  documentation names: closed forms are left out. The names of graph nodes: torch's own message
-  comes, later. ``_version`` of a tensor: it counts as written to. ``_cuda_clearCublasWorkspaces``:
-  CUDA graphs may share a workspace.
+- ``operators``: ``_foreach_addcmul``: one after the other. Operators that no documentation names:
+  closed forms are left out. The names of graph nodes: torch's own message comes, later.
+  ``_version`` of a tensor: it counts as written to. ``_cuda_clearCublasWorkspaces``: CUDA graphs
+  may share a workspace.
 - ``weight_norm``: ``torch._weight_norm``: it is not replaced.
 - ``trees``: ``torch.utils._pytree``: tuples, lists and dicts alone are taken apart.
 
@@ -40,7 +40,6 @@ from mamlpp_ext.torch_private.operators import (
     graph_names,
     has_operators,
     missing_derivatives,
-    products,
     subtract_products,
 )
 from mamlpp_ext.torch_private.transforms import (
@@ -96,7 +95,6 @@ __all__ = [
     "modes_hidden",
     "only_vmap_active",
     "plain_names",
-    "products",
     "quick_apply",
     "subtract_products",
     "takes_closed_forms",

@@ -50,14 +50,6 @@ def subtract_products(
     return [torch.addcmul(param, grad, rate, value=-1) for param, grad, rate in triples]
 
 
-def products(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Returns each tensor times its factor; missing: one after the other."""
-    at_once = getattr(torch, "_foreach_mul", None)
-    if at_once is not None:
-        return at_once(tensors, factors)  # type: ignore[no-any-return]
-    return [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
-
-
 def missing_derivatives(grads: Iterable[Tensor | None]) -> list[str]:
     """Returns the operations in the graph of these gradients that torch has no derivative of.
 
