@@ -12,21 +12,20 @@ from torch import Tensor, nn
 from mamlpp_ext.benchmark.question import Question
 
 
-def conv4(ways: int, filters: int = 64, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
-    """The network of the papers on Omniglot, for inputs [N, 1, 28, 28]."""
+def convolutional(
+    ways: int,
+    filters: int = 64,
+    blocks: int = 4,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> nn.Module:
+    """Blocks for inputs [N, 1, S, S], of which each halves S, to 1 in the end.
+
+    The network of the papers on Omniglot has four, for images of 28x28.
+    """
     layers: list[nn.Module] = []
-    for channels in (1, filters, filters, filters):
+    for channels in (1, *[filters] * (blocks - 1)):
         conv = nn.Conv2d(channels, filters, 3, padding=1)
         layers += [conv, nn.BatchNorm2d(filters), activation(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, ways))
-
-
-def conv3(ways: int = 5, filters: int = 32) -> nn.Module:
-    """Three blocks, for the digits of scikit-learn and their like, [N, 1, 8, 8]."""
-    layers: list[nn.Module] = []
-    for channels in (1, filters, filters):
-        conv = nn.Conv2d(channels, filters, 3, padding=1)
-        layers += [conv, nn.BatchNorm2d(filters), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, ways))
 
 
@@ -62,11 +61,14 @@ def resnet12(ways: int = 5, widths: tuple[int, ...] = (64, 128, 256, 512)) -> nn
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
-conv4_5way, conv4_20way = partial(conv4, 5), partial(conv4, 20)
-conv4_16, conv4_32, conv4_128, conv4_256 = (partial(conv4, 5, n) for n in (16, 32, 128, 256))
+conv3 = partial(convolutional, 5, 32, blocks=3)
+conv4_5way, conv4_20way = partial(convolutional, 5), partial(convolutional, 20)
+conv4_16, conv4_32, conv4_128, conv4_256 = (
+    partial(convolutional, 5, filters) for filters in (16, 32, 128, 256)
+)
 mlp_300, mlp_1000, mlp_3150 = (partial(mlp, 5, width) for width in (300, 1000, 3150))
 # The authors' network has leaky units.
-conv4_leaky = partial(conv4, 5, activation=nn.LeakyReLU)
+conv4_leaky = partial(convolutional, 5, activation=nn.LeakyReLU)
 
 PROBLEMS = {
     "Conv4-64 5-way": Question("problems:conv4_5way", (1, 28, 28), ways=5),
