@@ -5,7 +5,7 @@ Functions of tensors: they know nothing of rows or inner steps.
 
 from mamlpp_ext.fast_kernels.batch_norm import batch_normalize, batch_normalize_into
 from mamlpp_ext.fast_kernels.batch_norm_kernels import Running, statistics_dtype
-from mamlpp_ext.fast_kernels.convolution import Geometry, convolve
+from mamlpp_ext.fast_kernels.convolution import Geometry, convolve, has_slow_weight_gradient
 from mamlpp_ext.fast_kernels.layout import in_default_layout, with_default_gradient
 from mamlpp_ext.fast_kernels.norm_act_pool import activate_pool, normalize_activate_pool
 from mamlpp_ext.fast_kernels.norm_act_pool_kernels import Layers
@@ -24,6 +24,7 @@ __all__ = [
     "batch_normalize_reference",
     "check_second_derivatives",
     "convolve",
+    "has_slow_weight_gradient",
     "in_default_layout",
     "normalize",
     "normalize_activate_pool",

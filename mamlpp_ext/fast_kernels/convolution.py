@@ -61,6 +61,17 @@ def convolve(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry, second_order
     return _forward(_laid_out(x), _laid_out(with_default_gradient(w)), b, how)
 
 
+def has_slow_weight_gradient(x: Tensor, w: Tensor) -> bool:
+    """Returns whether the weight's gradient is slow in channels_last.
+
+    oneDNN takes up to twice as long for it there, where its other kernels are quicker, and torch
+    reorders the result once more. Copies of both maps in the default layout cost less for many
+    channels and values (torch 2.13, two cores; benchmarks/README.md has the times).
+    """
+    many = w.shape[1] >= 64 and max(w.numel(), x.numel() // 10) >= 100_000
+    return many and x.is_cpu and x.dtype == torch.float32
+
+
 def _apply(*args: Any) -> Tensor:
     apply: Any = _Convolution.apply
     return apply(*args)  # type: ignore[no-any-return]
@@ -75,15 +86,33 @@ def _forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
     return torch.convolution(x, w, b, *how[:3], False, none, how.groups)
 
 
-def _backward(g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: Sequence[bool]) -> Any:
-    none, (to_x, to_w, to_b) = [0] * len(how.stride), wanted
+def _backward(
+    g: Tensor, x: Tensor, w: Tensor, laid_out: Tensor, how: Geometry, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Returns what goes to the input, the weight and the bias, each only if it is wanted.
+
+    ``laid_out`` is ``w`` in the layout of ``x``, or ``w`` itself where further derivatives may
+    follow.
+    """
+    to_x, to_w, to_b = wanted
     dx = dw = None
+    if to_w and laid_out is not w and has_slow_weight_gradient(x, w):
+        dw = _torchs_backward(g.contiguous(), x.contiguous(), w, how, (False, True))[1]
+        to_w = False
     if to_x or to_w:
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            g, x, w, None, *how[:3], False, none, how.groups, (to_x, to_w, False)
-        )
+        dx, found = _torchs_backward(g, x, laid_out, how, (to_x, to_w))
+        dw = found.contiguous() if to_w else dw
     # Beside the others it takes up to half of their time (torch 2.13), by itself a third of that.
-    return dx, None if dw is None else dw.contiguous(), g.sum([0, 2, 3]) if to_b else None
+    return dx, dw, g.sum([0, 2, 3]) if to_b else None
+
+
+def _torchs_backward(
+    g: Tensor, x: Tensor, w: Tensor, how: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Any, Any]:
+    none = [0] * len(how.stride)
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        g, x, w, None, *how[:3], False, none, how.groups, (*wanted, False)
+    )[:2]
 
 
 class _Convolution(QuickFunction):
@@ -104,9 +133,9 @@ class _Convolution(QuickFunction):
         x, w, laid_out = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if not takes_closed_forms(g):
-            return *_backward(g, x, w, ctx.how, wanted), None
+            return *_backward(g, x, w, w, ctx.how, wanted), None
         if not torch.is_grad_enabled():
-            return *_backward(g, x, laid_out, ctx.how, wanted), None
+            return *_backward(g, x, w, laid_out, ctx.how, wanted), None
         apply: Any = _ConvolutionBackward.apply
         return *apply(g, x, w, laid_out, ctx.how, wanted), None
 
@@ -135,26 +164,28 @@ class _ConvolutionBackward(QuickFunction):
         ctx.how, wanted = how
         ctx.save_for_backward(g, x, w, laid_out)
         ctx.set_materialize_grads(False)
-        return _backward(g, x, laid_out, ctx.how, wanted)
+        return _backward(g, x, w, laid_out, ctx.how, wanted)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:
         # Made of torch's differentiable operations, so that it has further derivatives.
         g, x, w, laid_out = ctx.saved_tensors
+        laid_out_v = v
         if not torch.is_grad_enabled() and takes_closed_forms(u, v, s):
-            w = laid_out
+            w, laid_out_v = laid_out, None if v is None else _laid_out(v)
         to_g, to_x, to_w = ctx.needs_input_grad[:3]
         parts = []
         if to_g and u is not None:
             parts.append(_forward(u, w, s, ctx.how))
         if to_g and v is not None:
-            parts.append(_forward(x, v, None if parts else s, ctx.how))
+            parts.append(_forward(x, laid_out_v, None if parts else s, ctx.how))
         if to_g and s is not None and not parts:
             parts.append(s.view(-1, 1, 1).expand_as(g))
         along_g = parts[0] if len(parts) == 1 else torch.add(*parts) if parts else None
         wanted = (to_x and v is not None, to_w and u is not None, False)
         along_x = along_w = None
         if any(wanted):
-            at = x if u is None else u, w if v is None else v  # what is None is not read
-            along_x, along_w, _ = _backward(g, *at, ctx.how, wanted)
+            # What is None is not read.
+            at = (w, w) if v is None or laid_out_v is None else (v, laid_out_v)
+            along_x, along_w, _ = _backward(g, x if u is None else u, *at, ctx.how, wanted)
         return along_g, along_x, along_w, None, None, None

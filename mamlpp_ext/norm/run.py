@@ -13,6 +13,7 @@ from mamlpp_ext.fast_kernels import (
     Running,
     activate_pool,
     convolve,
+    has_slow_weight_gradient,
     in_default_layout,
     normalize_activate_pool,
     with_default_gradient,
@@ -79,6 +80,9 @@ class Run(NamedTuple):
         second_order = not self.norm.inner_step.first_order
         least = _LEAST_SECOND_ORDER if second_order else _LEAST_FIRST_ORDER
         if shape.numel() < least and not transforms_active():
+            return None
+        plain = not (second_order or self.layers.pooling or transforms_active())
+        if plain and has_slow_weight_gradient(x, weight):  # nothing else would make up for it
             return None
         row = self.norm.current_row(shape)
         if not row.by_batch or not _are_alike(x, row.weight, row.bias):
