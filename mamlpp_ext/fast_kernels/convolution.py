@@ -87,7 +87,7 @@ def _forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
 
 
 def _backward(
-    g: Tensor, x: Tensor, w: Tensor, laid_out: Tensor, how: Geometry, wanted: Sequence[bool]
+    g: Tensor, x: Tensor, w: Tensor, laid_out: Any, how: Geometry, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Returns what goes to the input, the weight and the bias, each only if it is wanted.
 
@@ -170,14 +170,14 @@ class _ConvolutionBackward(QuickFunction):
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:
         # Made of torch's differentiable operations, so that it has further derivatives.
         g, x, w, laid_out = ctx.saved_tensors
-        laid_out_v = v
-        if not torch.is_grad_enabled() and takes_closed_forms(u, v, s):
-            w, laid_out_v = laid_out, None if v is None else _laid_out(v)
+        closed = not torch.is_grad_enabled() and takes_closed_forms(u, v, s)
+        laid_out_v = _laid_out(v) if closed and v is not None else v
+        w = laid_out if closed else w
         to_g, to_x, to_w = ctx.needs_input_grad[:3]
         parts = []
         if to_g and u is not None:
             parts.append(_forward(u, w, s, ctx.how))
-        if to_g and v is not None:
+        if to_g and laid_out_v is not None:
             parts.append(_forward(x, laid_out_v, None if parts else s, ctx.how))
         if to_g and s is not None and not parts:
             parts.append(s.view(-1, 1, 1).expand_as(g))
@@ -186,6 +186,6 @@ class _ConvolutionBackward(QuickFunction):
         along_x = along_w = None
         if any(wanted):
             # What is None is not read.
-            at = (w, w) if v is None or laid_out_v is None else (v, laid_out_v)
-            along_x, along_w, _ = _backward(g, x if u is None else u, *at, ctx.how, wanted)
+            at = x if u is None else u, w if v is None else v, w if v is None else laid_out_v
+            along_x, along_w, _ = _backward(g, *at, ctx.how, wanted)
         return along_g, along_x, along_w, None, None, None

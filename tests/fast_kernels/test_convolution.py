@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import vmap
 
-from mamlpp_ext.fast_kernels import Geometry, convolve
+from mamlpp_ext.fast_kernels import Geometry, convolution, convolve, has_slow_weight_gradient
 
 # What torch itself warns of when forward mode is first used.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -55,9 +55,16 @@ def three_derivatives(function, inputs: list[Tensor]) -> list[Tensor]:
     return found
 
 
-@settings(deadline=None, max_examples=30)
-@given(convolutions(), st.booleans(), st.booleans())
-def test_values_shape_and_three_derivatives(case, biased, second_order) -> None:
+@pytest.fixture(params=["together", "apart"])
+def weights_gradient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to compute it, whatever the size."""
+    chosen = request.param == "apart"
+    monkeypatch.setattr(convolution, "has_slow_weight_gradient", lambda x, w: chosen)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=convolutions(), biased=st.booleans(), second_order=st.booleans())
+def test_values_shape_and_three_derivatives(weights_gradient, case, biased, second_order) -> None:
     x_shape, w_shape, how = case
     inputs = tensors(x_shape, w_shape, *([w_shape[:1]] if biased else []))
 
@@ -72,9 +79,9 @@ def test_values_shape_and_three_derivatives(case, biased, second_order) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=10)
-@given(convolutions())
-def test_gradchecks(case) -> None:
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=convolutions())
+def test_gradchecks(weights_gradient, case) -> None:
     x_shape, w_shape, how = case
     leaves = [t.requires_grad_() for t in tensors(x_shape, w_shape, w_shape[:1])]
     assert "_Convolution" in type(ours(*leaves, how).grad_fn).__name__
@@ -159,6 +166,29 @@ def test_forward_mode_through_a_graph_built_before() -> None:
             return [forward_ad.unpack_dual(dual).tangent for dual in grads]
 
     torch.testing.assert_close(tangents(ours), tangents(torchs))
+
+
+def test_many_channels_have_the_weights_gradient_by_itself() -> None:
+    """The default layout in, for oneDNN, and the default layout out; float64 is torch's own."""
+    x, w, v = (t.float() for t in tensors((2, 128, 5, 5), *[(128, 128, 3, 3)] * 2))
+    w = w / 30  # neither tiny nor huge outputs
+    assert has_slow_weight_gradient(x, w)
+    assert not has_slow_weight_gradient(x, w[:, :32])
+    assert not has_slow_weight_gradient(x, w[:32])
+    assert not has_slow_weight_gradient(x.double(), w.double())
+
+    def derivatives(function, *leaves: Tensor) -> list[Tensor]:
+        x, w, v = (t.detach().requires_grad_() for t in leaves)
+        y = function(x, w, None, PLAIN).tanh().sum()
+        to_w, to_x = torch.autograd.grad(y, [w, x], create_graph=True)
+        return [to_w, to_x, *torch.autograd.grad((to_w * v).sum() + to_x.square().sum(), [w, x])]
+
+    found = derivatives(ours, x, w, v)
+    expected = derivatives(torchs, x.double(), w.double(), v.double())
+    for mine, exact in zip(found, expected, strict=True):
+        assert (mine - exact).norm() < 1e-5 * exact.norm()
+    assert found[0].is_contiguous()
+    assert found[2].is_contiguous()
 
 
 def test_first_order_leaves_graphs_to_torch() -> None:

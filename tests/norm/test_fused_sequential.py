@@ -386,6 +386,23 @@ def test_small_images_are_left_to_torchs_layers(monkeypatch) -> None:
     assert runs == []
 
 
+@pytest.mark.parametrize(
+    ("first_order", "pooled", "computed_as_run"),
+    [(True, False, False), (True, True, True), (False, False, True)],
+)
+def test_first_order_leaves_many_channels_without_pooling_to_torchs_layers(
+    first_order, pooled, computed_as_run, monkeypatch
+) -> None:
+    monkeypatch.setattr(run, "has_slow_weight_gradient", lambda x, w: True)
+    layers = block(2, 4, nn.ReLU(), *[nn.MaxPool2d(2)] * pooled)
+    net, x = mpp.convert_batchnorm(nn.Sequential(*layers), 1), torch.randn(X)
+    with counted(monkeypatch) as runs:
+        for _ in mpp.inner_steps(net, 1, second_order=not first_order):
+            y = net(x)
+    assert bool(runs) == computed_as_run
+    torch.testing.assert_close(y, plain(net)(x))
+
+
 @pytest.mark.parametrize("size", [(2, 3, 8, 8), (2, 2, 0, 0), (2, 2, 1)])
 def test_errors_are_torchs(size) -> None:
     net = mpp.convert_batchnorm(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), 1)
