@@ -87,7 +87,7 @@ def _forward(x: Tensor, w: Tensor, b: Tensor | None, how: Geometry) -> Tensor:
 
 
 def _backward(
-    g: Tensor, x: Tensor, w: Tensor, laid_out: Any, how: Geometry, wanted: Sequence[bool]
+    g: Tensor, x: Tensor, w: Tensor, laid_out: Tensor, how: Geometry, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Returns what goes to the input, the weight and the bias, each only if it is wanted.
 
@@ -171,13 +171,13 @@ class _ConvolutionBackward(QuickFunction):
         # Made of torch's differentiable operations, so that it has further derivatives.
         g, x, w, laid_out = ctx.saved_tensors
         closed = not torch.is_grad_enabled() and takes_closed_forms(u, v, s)
-        laid_out_v = _laid_out(v) if closed and v is not None else v
-        w = laid_out if closed else w
+        laid_out = laid_out if closed else w
+        laid_out_v: Any = _laid_out(v) if closed and v is not None else v
         to_g, to_x, to_w = ctx.needs_input_grad[:3]
         parts = []
         if to_g and u is not None:
-            parts.append(_forward(u, w, s, ctx.how))
-        if to_g and laid_out_v is not None:
+            parts.append(_forward(u, laid_out, s, ctx.how))
+        if to_g and v is not None:
             parts.append(_forward(x, laid_out_v, None if parts else s, ctx.how))
         if to_g and s is not None and not parts:
             parts.append(s.view(-1, 1, 1).expand_as(g))
@@ -185,7 +185,8 @@ class _ConvolutionBackward(QuickFunction):
         wanted = (to_x and v is not None, to_w and u is not None, False)
         along_x = along_w = None
         if any(wanted):
-            # What is None is not read.
-            at = x if u is None else u, w if v is None else v, w if v is None else laid_out_v
+            if v is None:  # the kernel is not read
+                v, laid_out_v = w, laid_out
+            at = x if u is None else u, v, laid_out_v
             along_x, along_w, _ = _backward(g, *at, ctx.how, wanted)
         return along_g, along_x, along_w, None, None, None
